@@ -1,0 +1,478 @@
+"""Text to tokens to batches: corpora, a byte-level BPE, deterministic windows.
+
+    python data.py                              # prepare pysrc, show how both tokenizers cut a snippet
+    python data.py --data notes.txt --vocab 1024
+    python data.py --bench                      # how fast the BPE trains and encodes, what a batch costs
+
+A corpus is a stream of documents joined by one zero byte, split into train and validation by a hash of each
+document's content. It is prepared once, as flat binary files that are memory-mapped ever after:
+
+    data/pysrc-byte/     train.bin val.bin meta.json      the bytes themselves (uint8)
+    data/pysrc-bpe4096/  train.bin val.bin meta.json      the same stream as BPE tokens (uint16)
+"""
+import argparse
+import functools
+import gzip
+import hashlib
+import heapq
+import importlib.util
+import json
+import mmap
+import re
+import shutil
+import sysconfig
+import tempfile
+import time
+import zlib
+from array import array
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from run import InputError, run_script, usage_error
+
+CACHE = Path("data")
+VAL_FRACTION = 0.05        # of the bytes, by whole documents
+PIECE = 16 * 1024          # a lone file has no documents in it: it is cut into pieces of about this many bytes, at line ends
+BPE_SAMPLE = 32 * 2**20    # bytes of training text that the BPE vocabulary is learned from
+VOCAB_RANGE = (257, 65536)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Byte-level BPE. Symbols are ids; a word is held as a str with one character per symbol, chr(id), so that the
+# inner loops of merging are str.split and str.join, which run in C.
+
+# GPT-2's pre-tokenization, on bytes: words, numbers, punctuation, spaces; no merge crosses these borders. Any byte of a
+# multi-byte character counts as a letter. The zero byte between documents always stands alone. A run is cut at 1,024
+# bytes, which bounds the cost of text without any borders (base64, DNA).
+PRETOKEN = re.compile(
+    rb"'(?:[sdmt]|ll|ve|re)"
+    rb"| ?[A-Za-z\x80-\xff]{1,1024}"
+    rb"| ?[0-9]{1,1024}"
+    rb"| ?[^\sA-Za-z0-9\x80-\xff\x00]{1,1024}"
+    rb"|\s{1,1024}(?![^\s\x00])"      # spaces, but for the last one before a word: that one belongs to the word
+    rb"|\s{1,1024}"
+    rb"|\x00")
+
+
+def pretokens(text, size=2**20):
+    """Cut text (bytes or a memory map) into pre-tokens: yields lists of bytes, a piece of about size bytes at a time."""
+    start = 0
+    while start < len(text):
+        words = PRETOKEN.findall(text, start, start + size)
+        start += size
+        if start < len(text):                                 # what touches the piece's end (two words where it cuts
+            start -= sum(map(len, words[-2:]))                # an 'll) might be cut otherwise in the whole: read it again
+            del words[-2:]
+        yield words
+
+
+def train_bpe(text, vocab_size):
+    """Learn a byte-level BPE (Sennrich et al. 2016): merge the most frequent adjacent pair, again and again.
+
+    text: bytes. Returns the merges in order, as (left, right) pairs of bytes: vocab_size - 256 of them, or fewer where
+    the text has no pair left. Ties go to the pair that is greater as bytes. Raises InputError unless 257 <= vocab_size <= 65536.
+
+    >>> train_bpe(b"low lower lowest", 259)
+    [(b'o', b'w'), (b'l', b'ow'), (b' ', b'low')]
+    """
+    check_vocab(vocab_size)
+    counts = Counter()
+    for piece in pretokens(text):
+        counts.update(piece)
+    words = [word.decode("latin-1") for word in counts]       # latin-1: byte b becomes chr(b)
+    weight = list(counts.values())
+    tokens = [bytes([i]) for i in range(256)]
+    ids = {token: i for i, token in enumerate(tokens)}        # two merges may spell the same bytes: they share an id
+
+    pairs = Counter()                                         # "lr" -> occurrences in the text
+    where = defaultdict(set)                                  # "lr" -> words that may hold it
+    for i, word in enumerate(words):
+        for left, right in zip(word, word[1:]):
+            pairs[left + right] += weight[i]
+            where[left + right].add(i)
+
+    def falling(token):                                       # sorts byte strings from the greatest to the least
+        return "".join(chr(255 - b) for b in token) + chr(256)
+
+    order = [falling(token) for token in tokens]
+    heap = [(-n, order[ord(pair[0])], order[ord(pair[1])], pair) for pair, n in pairs.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < vocab_size - 256:
+        count, _, _, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:
+            continue                                          # outdated: the true count was pushed when it changed
+        l, r = pair
+        merges.append((tokens[ord(l)], tokens[ord(r)]))
+        token = tokens[ord(l)] + tokens[ord(r)]
+        if token not in ids:
+            ids[token] = len(tokens)
+            tokens.append(token)
+            order.append(falling(token))
+        new = chr(ids[token])
+        change = Counter()
+        for i in where.pop(pair):
+            parts = words[i].split(pair)
+            words[i] = new.join(parts)
+            for j, (before, after) in enumerate(zip(parts, parts[1:])):       # one merge between each two parts
+                change[pair] -= weight[i]
+                if before or j > 0:                           # an empty part: the left neighbour is a merge as well
+                    change[(before[-1:] or r) + l] -= weight[i]
+                    change[(before[-1:] or new) + new] += weight[i]
+                    where[(before[-1:] or new) + new].add(i)
+                if after:
+                    change[r + after[0]] -= weight[i]
+                    change[new + after[0]] += weight[i]
+                    where[new + after[0]].add(i)
+        for pair, n in change.items():
+            pairs[pair] += n
+            if n and pairs[pair] > 0:
+                heapq.heappush(heap, (-pairs[pair], order[ord(pair[0])], order[ord(pair[1])], pair))
+    return merges
+
+
+def check_vocab(vocab_size):
+    low, high = VOCAB_RANGE
+    if not low <= vocab_size <= high:
+        raise InputError(f"a BPE vocabulary has {low} to {high} tokens, not {vocab_size}")
+
+
+class WordCache(dict):
+    """word -> its token ids as packed uint16, computed when first asked for."""
+
+    def __init__(self, encode_word):
+        self.encode_word = encode_word
+
+    def __missing__(self, word):
+        if len(self) >= 500_000:                              # bounds the memory on text whose words never repeat
+            self.clear()
+        self[word] = ids = array("H", self.encode_word(word)).tobytes()
+        return ids
+
+
+class Tokenizer:
+    """Bytes to ids and back, for any bytes. merges: from train_bpe; none make the byte tokenizer (id = byte).
+
+    Ids 0..255 are the bytes, id 256 + j is the j-th merge. bytes_per_id: (vocab_size,) lengths. Raises InputError for a
+    merge of tokens that no earlier merge makes.
+    """
+
+    def __init__(self, merges=()):
+        self.merges = [tuple(merge) for merge in merges]
+        self.tokens = [bytes([i]) for i in range(256)] + [left + right for left, right in self.merges]
+        self.vocab_size = len(self.tokens)
+        self.bytes_per_id = np.array([len(token) for token in self.tokens])
+        ids = {}
+        self.rank, self.rules = {}, []                        # "lr" -> rank of its merge; rank -> ("lr", merged)
+        for i, token in enumerate(self.tokens):
+            ids.setdefault(token, i)
+        for j, (left, right) in enumerate(self.merges):
+            if max(ids.get(left, self.vocab_size), ids.get(right, self.vocab_size)) >= 256 + j:
+                raise InputError(f"merge {j} joins {left!r} and {right!r}, which are not both tokens yet")
+            pair = chr(ids[left]) + chr(ids[right])
+            self.rank.setdefault(pair, j)
+            self.rules.append((pair, chr(ids[left + right])))
+        self.cache = WordCache(self._encode_word)
+
+    def _encode_word(self, word):
+        """Apply the merges to one word, lowest rank first: -> list of ids."""
+        text = word.decode("latin-1")
+        heap = [self.rank[pair] for pair in set(map("".join, zip(text, text[1:]))) if pair in self.rank]
+        heapq.heapify(heap)
+        while heap:
+            pair, new = self.rules[heapq.heappop(heap)]
+            parts = text.split(pair)
+            text = new.join(parts)
+            for before, after in zip(parts, parts[1:]):
+                for born in ((before[-1:] or new) + new, new + after[:1]):
+                    if born in self.rank:
+                        heapq.heappush(heap, self.rank[born])
+        return [ord(symbol) for symbol in text]
+
+    def encode_pieces(self, text):
+        """bytes or a memory map of any size -> the ids of encode(text), piece by piece, in bounded memory."""
+        for words in pretokens(text):
+            yield np.frombuffer(b"".join(map(self.cache.__getitem__, words)), dtype=np.uint16)
+
+    def encode(self, text):
+        """bytes -> (N,) ids: uint8 without merges, else uint16."""
+        if not self.merges:
+            return np.frombuffer(text, dtype=np.uint8)
+        return np.concatenate([np.zeros(0, np.uint16), *self.encode_pieces(text)])
+
+    def decode(self, ids):
+        """(N,) ids in [0, vocab_size) -> bytes."""
+        return b"".join([self.tokens[i] for i in ids])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpora: where the documents come from, and how they become train.bin and val.bin.
+
+def sources(data):
+    """--data -> (corpus name, its files, whether each file is one document). Raises InputError if there are none."""
+    if data == "pysrc":
+        packages = [Path(importlib.util.find_spec(name).origin).parent for name in ("torch", "numpy", "matplotlib", "tqdm")]
+        files = [file for root in (Path(sysconfig.get_path("stdlib")), *packages) for file in sorted(root.rglob("*.py"))
+                 if not {"site-packages", "dist-packages"} & set(file.relative_to(root).parts)]
+        return "pysrc", files, True
+    path = Path(data)
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*"))
+                 if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        if not files:
+            raise InputError(f"there are no files in {data}")
+    elif path.exists():
+        files = [path]
+    else:
+        raise InputError(f"unknown corpus {data!r}: neither 'pysrc' nor a file or folder here")
+    name = path.resolve().name.split(".")[0] or "corpus"
+    return re.sub(r"[^\w-]", "_", name), files, path.is_dir()
+
+
+def documents(files, whole):
+    """Yield the documents of files as bytes, in bounded memory; .gz is opened, and .jsonl has one in the "text" of each line.
+
+    whole: each file is a document (above 8 MiB, it is cut); otherwise files are cut into pieces of PIECE bytes.
+    """
+    for file in files:
+        name = file.name.removesuffix(".gz")
+        piece = 2**23 if whole else min(PIECE, max(1024, file.stat().st_size // 64))
+        line = 0
+        try:
+            with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+                if name.endswith(".jsonl"):
+                    for line, row in enumerate(stream, 1):
+                        if row.strip() and (text := json.loads(row)["text"].encode("utf-8", "surrogatepass")):
+                            yield text
+                else:
+                    while text := stream.read(piece):
+                        yield text if len(text) < piece else text + stream.readline(piece)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{file} is damaged: {error}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{file}, line {line}: not a JSON object with a \"text\" string") from None
+
+
+def bucket(document):
+    """0..4095 by the document's content: it decides on which side of the split the document falls."""
+    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big") % 4096
+
+
+def write_bytes(name, files, whole, folder):
+    """Write the train.bin and val.bin of a corpus as bytes. -> meta. Reads the documents twice: to split them, to write them."""
+    digest, sizes, count = hashlib.sha256(), np.zeros(4096, dtype=np.int64), 0
+    for document in tqdm(documents(files, whole), desc=f"reading {name}", unit=" documents", disable=None, leave=False):
+        digest.update(b"\0" + document if count else document)
+        sizes[bucket(document)] += len(document)
+        count += 1
+    if np.count_nonzero(sizes) < 2:
+        raise InputError(f"{name} is too small: it needs two different documents, one for training and one for validation")
+    # Validation: the lowest buckets that hold VAL_FRACTION of the bytes, and never all of them.
+    cut = min(np.searchsorted(sizes.cumsum(), VAL_FRACTION * sizes.sum()), np.flatnonzero(sizes)[-1] - 1)
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        for document in documents(files, whole):
+            side = val if bucket(document) <= cut else train
+            side.write(b"\0" + document if side.tell() else document)
+        return {"name": name, "sha256": digest.hexdigest(), "documents": count, "bytes_per_token": 1.0,
+                "train_bytes": train.tell(), "val_bytes": val.tell(), "merges": []}
+
+
+def write_bpe(source, meta, vocab_size, folder):
+    """Learn a BPE on a sample of the train.bin of bytes in source, and encode both splits with it. -> meta."""
+    with open(source / "train.bin", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        block = len(text) if len(text) <= BPE_SAMPLE else 2**20
+        starts = np.linspace(0, len(text) - block, min(len(text), BPE_SAMPLE) // block, dtype=int)
+        merges = train_bpe(b"".join([text[i:i + block] for i in starts]), vocab_size)
+    if len(merges) < vocab_size - 256:
+        raise InputError(f"{meta['name']} is too small for a vocabulary of {vocab_size}: it yields {256 + len(merges)} tokens")
+    tokenizer, tokens = Tokenizer(merges), {}
+    for split in ("train", "val"):
+        with open(source / f"{split}.bin", "rb") as file, open(folder / f"{split}.bin", "wb") as out, \
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text, \
+                tqdm(desc=f"encoding {split}", total=len(text), unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            for ids in tokenizer.encode_pieces(text):
+                out.write(ids.tobytes())
+                bar.update(int(tokenizer.bytes_per_id[ids].sum()))
+            tokens[split] = out.tell() // 2
+    return meta | {"merges": [(left.hex(), right.hex()) for left, right in merges],
+                   "bytes_per_token": meta["train_bytes"] / tokens["train"]}
+
+
+def read_meta(folder):
+    try:
+        return json.loads((folder / "meta.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def prepare(data="pysrc", vocab_size=None):
+    """Make the cache of a corpus, as bytes (vocab_size None) or as BPE tokens, unless it is there. -> (folder, meta).
+
+    The folder is built aside and renamed. Two processes that prepare it at the same time both do the work; one's is kept.
+    """
+    if vocab_size is None:
+        name, files, whole = sources(data)
+        stats = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+        key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()       # changes when the source does
+        folder, build = CACHE / f"{name}-byte", functools.partial(write_bytes, name, files, whole)
+    else:
+        check_vocab(vocab_size)
+        source, meta = prepare(data)
+        key = meta["sha256"]
+        folder, build = CACHE / f"{meta['name']}-bpe{vocab_size}", functools.partial(write_bpe, source, meta, vocab_size)
+    meta = read_meta(folder)
+    if meta.get("key") == key:
+        return folder, meta
+    CACHE.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=CACHE))
+    try:
+        new = temporary / "new"
+        new.mkdir()
+        meta = build(new) | {"key": key}
+        (new / "meta.json").write_text(json.dumps(meta))
+        try:
+            new.rename(folder)
+        except OSError:                                       # there is one: another process's, as good as ours, or an outdated one
+            if read_meta(folder).get("key") != key:
+                folder.rename(temporary / "old")
+                new.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder, meta
+
+
+@dataclass
+class Corpus:
+    name: str
+    meta: dict
+    tokenizer: Tokenizer
+    train: np.ndarray          # (tokens,) memory-mapped
+    val: np.ndarray
+
+    def tokens(self, context_bytes):
+        """The length in tokens of a window of context_bytes bytes: a multiple of 16 for BPE."""
+        if self.tokenizer.vocab_size == 256:
+            return context_bytes
+        return max(16, 16 * round(context_bytes / self.meta["bytes_per_token"] / 16))
+
+
+    def shuffle_tokens(self, shuffle_bytes, context):
+        """The length in tokens of the blocks of shuffle_bytes bytes that are permuted. For BPE: the nearest that divides context."""
+        if self.tokenizer.vocab_size == 256:
+            return shuffle_bytes
+        divisors = [n for n in range(1, context + 1) if context % n == 0]
+        return min(divisors, key=lambda n: abs(n - shuffle_bytes / self.meta["bytes_per_token"]))
+
+
+def load(data="pysrc", tokenizer="byte", vocab_size=4096):
+    """Prepare a corpus if need be and open it. tokenizer: "byte" or "bpe" (of vocab_size tokens). -> Corpus"""
+    folder, meta = prepare(data, vocab_size if tokenizer == "bpe" else None)
+    merges = [(bytes.fromhex(left), bytes.fromhex(right)) for left, right in meta["merges"]]
+    train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16 if merges else np.uint8, mode="r") for split in ("train", "val"))
+    return Corpus(meta["name"], meta, Tokenizer(merges), train, val)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows: what the models read.
+
+def shuffled(context, block):
+    """The order of a window's tokens with every aligned block of tokens permuted by one fixed permutation: (context,) indices."""
+    rng, order = np.random.default_rng(block), np.arange(block)
+    while block > 1 and (order == np.arange(block)).all():
+        order = rng.permutation(block)
+    return np.arange(context).reshape(-1, block)[:, order].ravel()
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_starts(seed, epoch, length, context):
+    """Where an epoch's windows start: all of the stream in windows that do not overlap, from a random offset, in random order."""
+    rng = np.random.default_rng((seed, epoch))
+    return rng.integers(context) + context * rng.permutation(length // context - 1)
+
+
+class Windows:
+    """Windows of context tokens of a stream of ids. shuffle: the length of the blocks that are permuted, in tokens.
+
+    Raises InputError if the stream does not hold two windows, or if shuffle does not divide context.
+    """
+
+    def __init__(self, stream, context, shuffle=1):
+        if len(stream) < 2 * context:
+            raise InputError(f"a split of {len(stream)} tokens is too small for windows of {context}: take more text or a smaller --context")
+        if shuffle < 1 or context % shuffle:
+            raise InputError(f"blocks of {shuffle} tokens do not divide a window of {context}")
+        self.stream, self.context, self.order = stream, context, shuffled(context, shuffle)
+
+    def batch(self, seed, step, size):
+        """The windows of a training step, a pure function of its arguments: -> (size, context) int64. Each window once an epoch."""
+        epoch, place = np.divmod(step * size + np.arange(size), len(self.stream) // self.context - 1)
+        starts = [epoch_starts(seed, int(e), len(self.stream), self.context)[p] for e, p in zip(epoch, place)]
+        return self.stream[np.array(starts)[:, None] + self.order].astype(np.int64)
+
+    def spaced(self, count):
+        """Up to count windows that do not overlap, evenly spaced over the stream: -> (count, context) int64. For evaluation."""
+        whole = len(self.stream) // self.context
+        starts = np.linspace(0, whole - 1, min(count, whole), dtype=int) * self.context
+        return self.stream[starts[:, None] + self.order].astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def show(data, vocab_size):
+    """Print the sizes of a corpus and how both tokenizers cut a piece of its validation text."""
+    corpora = {"byte": load(data, "byte"), f"bpe {vocab_size}": load(data, "bpe", vocab_size)}
+    meta = corpora["byte"].meta
+    print(f"{meta['name']}: {meta['documents']:,} documents, {meta['train_bytes']:,} bytes of training text, "
+          f"{meta['val_bytes']:,} of validation, sha256 {meta['sha256'][:16]}...")
+    middle = corpora["byte"].val[len(corpora["byte"].val) // 2:][:4000].tobytes()
+    snippet = b"\n".join(middle.split(b"\n")[1:4])[:160] or middle[:160]
+    for label, corpus in corpora.items():
+        ids = corpus.tokenizer.encode(snippet)
+        cut = "|".join(corpus.tokenizer.decode([i]).decode("utf-8", "backslashreplace") for i in ids)
+        print(f"\n{label}: {len(corpus.train):,} training tokens of {corpus.meta['bytes_per_token']:.3f} bytes\n{cut}")
+
+
+def bench(data, vocab_size):
+    """Print how fast the BPE trains and encodes on 30 MB, and what a batch costs beside the training step that it feeds."""
+    import torch, model
+    folder, meta = prepare(data)
+    with open(folder / "train.bin", "rb") as file:
+        text = file.read(30_000_000)
+    began = time.perf_counter()
+    tokenizer = Tokenizer(train_bpe(text, vocab_size))
+    trained = time.perf_counter()
+    ids = tokenizer.encode(text)
+    encoded = time.perf_counter()
+    assert tokenizer.decode(ids) == text
+    mb = len(text) / 1e6
+    print(f"{meta['name']}, {mb:.1f} MB: a vocabulary of {vocab_size:,} trained in {trained - began:.1f} s, "
+          f"encoded at {mb / (encoded - trained):.1f} MB/s on one core, {len(text) / len(ids):.3f} bytes per token")
+    corpus = load(data, "byte")
+    windows, net = Windows(corpus.train, 512), model.Transformer(model.Config(width=64))
+    draws, steps = [], []
+    for step in range(20):
+        began = time.perf_counter()
+        batch = windows.batch(0, step, 8)
+        draws.append(time.perf_counter() - began)
+        model.nats(net, torch.from_numpy(batch), torch.from_numpy(batch)).mean().backward()
+        steps.append(time.perf_counter() - began)
+    print(f"a batch of 8 windows of 512 bytes: {np.median(draws) * 1e3:.3f} ms, "
+          f"{np.median(draws) / np.median(steps):.2%} of a training step at width 64, the smallest model")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prepare a corpus and show how both tokenizers cut it.")
+    parser.add_argument("--data", default="pysrc", help="pysrc, or a file or folder")
+    parser.add_argument("--vocab", type=int, default=4096, help="tokens in the BPE vocabulary")
+    parser.add_argument("--bench", action="store_true", help="measure the speed of the BPE and of the batches")
+    parser.error = usage_error
+    args = parser.parse_args()
+    (bench if args.bench else show)(args.data, args.vocab)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -11,6 +11,7 @@ document's content. It is prepared once, as flat binary files that are memory-ma
     data/pysrc-bpe4096/  train.bin val.bin meta.json      the same stream as BPE tokens (uint16)
 """
 import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -59,12 +60,12 @@ PRETOKEN = re.compile(
 
 
 def pretokens(text, size=2**20):
-    """Cut text (bytes or a memory map) into pre-tokens: yields lists of bytes, a piece of about size bytes at a time."""
+    """Cut text (bytes or a memory map) into pre-tokens: yields lists of bytes, a piece of about size bytes (many words) at a time."""
     start = 0
     while start < len(text):
         words = PRETOKEN.findall(text, start, start + size)
         start += size
-        if start < len(text):                                 # what touches the piece's end (two words where it cuts
+        if start < len(text) and len(words) > 2:              # what touches the piece's end (two words, where it cuts
             start -= sum(map(len, words[-2:]))                # an 'll) might be cut otherwise in the whole: read it again
             del words[-2:]
         yield words
@@ -342,6 +343,8 @@ def prepare(data="pysrc", vocab_size=None):
                 new.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            CACHE.rmdir()                                     # if nothing is in it: bad input leaves nothing behind
     return folder, meta
 
 

@@ -7,8 +7,6 @@ SMDM (arXiv 2410.18514): width 576 has 9 layers and 48M non-embedding parameters
 rate does not move with the width: see Transformer (initialization, residual branches) and make_optimizer.
 """
 import argparse
-import math
-import os
 import time
 from dataclasses import dataclass
 
@@ -100,7 +98,7 @@ class Transformer(nn.Module):
         # predictions are uniform, 8 bits per byte.
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=EMBEDDING_STD if name == "embedding.weight" else weight.size(1) ** -0.5)
+                nn.init.normal_(weight, std=1 if name == "embedding.weight" else weight.size(1) ** -0.5)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, ids):
@@ -123,27 +121,22 @@ def nats(model, inputs, targets):
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
 
-EMBEDDING_STD = float(os.environ.get("ES", 1))
-EMB_LR = float(os.environ.get("EL", 1))
-GAIN_LR = float(os.environ.get("GL", 1))
-HEAD_LR = float(os.environ.get("HL", 1))
-
-
 def make_optimizer(model, weight_decay=0.1):
     """AdamW as in SMDM, its learning rates scaled as in muP (arXiv 2203.03466), so that one rate serves all widths.
 
-    Adam's updates have the same size for every weight, so a matrix of fan-in D moves its output by D times as much: its
-    rate falls as 1 / width. Embeddings and gains see one number each and keep theirs. Each group holds its factor under
-    "scale"; the training loop sets lr = rate(step) * scale.
+    Adam moves every weight equally far, so a matrix of fan-in D moves its output D times as far: its rate falls as
+    1 / width. Embeddings and gains act on one number each, and keep theirs. The factors of 10 at both ends are measured:
+    at width 64 they took 0.1 to 0.3 BPB off. Each group holds its factor as "scale"; the training loop sets
+    lr = rate(step) * scale.
     """
-    width, groups = model.config.width, []
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks")]
+    width = model.config.width
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     gains = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "scale": 64 / width, "weight_decay": weight_decay},
-              {"params": [model.head.weight], "scale": 64 / width * HEAD_LR, "weight_decay": weight_decay},
-              {"params": [model.embedding.weight], "scale": EMB_LR}, {"params": gains, "scale": GAIN_LR}]
-    fused = matrices[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+              {"params": [model.head.weight], "scale": 10 * 64 / width, "weight_decay": weight_decay},
+              {"params": [model.embedding.weight], "scale": 10},
+              {"params": gains, "scale": 1}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=matrices[0].device.type in ("cpu", "cuda"))
 
 
 def save_checkpoint(path, **state):

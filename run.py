@@ -6,9 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 
 class InputError(ValueError):
     """Bad input. The scripts show it as one line on stderr and exit with status 2."""
@@ -87,6 +84,7 @@ def write_log(out, rows):
 
 def plot_log(out, rows, title):
     """Training and validation bits per byte against FLOPs -> loss.png"""
+    from matplotlib.figure import Figure                      # here, since it is slow to import and only this needs it
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="training FLOPs", ylabel="bits per byte", xscale="log")
     flops, train, val = ([row[LOG_COLUMNS.index(key)] for row in rows] for key in ("flops", "train_bpb", "val_bpb"))

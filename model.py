@@ -116,7 +116,7 @@ class Transformer(nn.Module):
 
 def nats(model, inputs, targets):
     """-log p of each target: (B, T) ids, (B, T) ids -> (B, T) float32, in nats."""
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.is_cuda):
+    with torch.autocast("cuda", torch.bfloat16, enabled=inputs.is_cuda):
         logits = model(inputs)                                            # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 

@@ -37,13 +37,13 @@ def corrupt(ids, spare, generator, schedule="linear", span=1):
     nats of the masked ones by m'(u) / m(u). Only how many are masked matters for the weight, so we draw that number k and
     take the mean of the weight given k: less variance, the same expectation. With R tokens (or runs of span tokens),
     k = ceil(R m(u)) has P(k) = m^-1(k / R) - m^-1((k-1) / R), and the weight is 1 / (k P(k)): for every schedule the sum
-    over k is that of E_{k ~ U{1..R}} [R / k * nats]. The times u are stratified over the windows.
+    over k is that of E_{k ~ U{1..R}} [R / k * nats]. The times u are spread evenly over the windows, each uniform by itself.
     Raises InputError if span does not divide T.
     """
     (B, T), R = ids.shape, ids.size(1) // span
     if T % span:
         raise run.InputError(f"spans of {span} tokens do not divide a window of {T}")
-    times = (torch.arange(B) + torch.rand(B, generator=generator, dtype=torch.float64)) / B         # (B,)
+    times = (torch.arange(B) / B + torch.rand(1, generator=generator, dtype=torch.float64)) % 1     # (B,)
     if schedule == "linear":
         rate, inverse = times, lambda m: m
     else:
@@ -69,13 +69,14 @@ def loss(model, ids, generator, schedule="linear", span=1):
 
 
 @torch.no_grad()
-def evaluate(model, windows, bytes_per_id, size=16, span=1):
+def evaluate(model, windows, bytes_per_id, size=16, span=1, seed=0):
     """Bits per byte of windows (N, T), an array of ids, by the order-agnostic bound, and its standard error: -> (bpb, stderr).
 
     E_{k ~ U{1..R}} [R / k * nats of k masked runs], with k stratified over the windows, which are put in random order first.
-    The error is that of the differences between neighbours in k, since the spread over k is no error. size: windows read at once.
+    The error is that of the differences between neighbours in k, since the spread over k is no error. size: windows read at
+    once. seed: of the masks, the same for all models, so that they can be compared.
     """
-    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     ids = torch.from_numpy(windows)[torch.randperm(len(windows), generator=generator)]
     inputs, weights = corrupt(ids, model.config.vocab_size, generator, span=span)
     scored = torch.cat([nats(model, inputs[i:i + size].to(device), ids[i:i + size].to(device)).cpu()

@@ -152,11 +152,14 @@ def save_checkpoint(path, **state):
 def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU; no code in the file is run. Raises InputError if it is not whole."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:                                            # torch has no class of its own for a torn or foreign file
         raise InputError(f"{path} is torn or not a checkpoint ({type(error).__name__}): delete it, or take another --out") from None
+    if not isinstance(state, dict) or "settings" not in state:
+        raise InputError(f"{path} is not a checkpoint of ours: delete it, or take another --out")
+    return state
 
 
 def pick_device(name):

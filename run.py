@@ -1,6 +1,11 @@
-"""What every script shares about a run: errors in one line, files written whole, the run folder, its plan and its report."""
+"""What every script shares about a run: errors in one line, files written whole, the run folder, its plan and its report.
+
+    python run.py runs/* [--out cells.png]      # a table of finished runs, and their curves in one figure
+"""
+import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import sys
@@ -47,6 +52,7 @@ def write_atomic(path, write):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run folder: result.json, log.csv, loss.png (and checkpoint.pt, which model.py writes).
 
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")        # Okabe and Ito: for all eyes
 LOG_COLUMNS = ("step", "flops", "bytes", "train_bpb", "val_bpb", "lr", "grad_norm", "seconds")
 
 
@@ -82,18 +88,19 @@ def write_log(out, rows):
     write_atomic(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
 
 
-def plot_log(out, rows, title):
-    """Training and validation bits per byte against FLOPs -> loss.png"""
+def plot_logs(path, logs):
+    """logs: {label: rows of log.csv} -> a figure: bits per byte against FLOPs, validation over training (thin)."""
     from matplotlib.figure import Figure                      # here, since it is slow to import and only this needs it
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="training FLOPs", ylabel="bits per byte", xscale="log")
-    flops, train, val = ([row[LOG_COLUMNS.index(key)] for row in rows] for key in ("flops", "train_bpb", "val_bpb"))
-    axes.plot(flops, train, color="#56B4E9", linewidth=1, label="training")
-    points = [(f, v) for f, v in zip(flops, val) if v is not None]
-    axes.plot(*zip(*points), "o-", color="#D55E00", markersize=4, label="validation")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="training FLOPs", ylabel="bits per byte", xscale="log")
+    columns = [LOG_COLUMNS.index(key) for key in ("flops", "train_bpb", "val_bpb")]
+    for (label, rows), color in zip(logs.items(), itertools.cycle(COLORS)):
+        flops, train, val = zip(*[[row[i] for i in columns] for row in rows])
+        axes.plot(flops, train, color=color, linewidth=0.8, alpha=0.4)
+        axes.plot(*zip(*[(x, y) for x, y in zip(flops, val) if y is not None]), "o-", color=color, markersize=4, label=label)
     axes.grid(alpha=0.3)
-    axes.legend()
-    write_atomic(out / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    axes.legend(title="validation (thin: training)")
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def duration(seconds):
@@ -132,3 +139,26 @@ def print_result(result, out):
     twin = "train_mdm.py" if r["objective"] == "ar" else "train_ar.py"
     print(f"next: the same budget with the other tokens or order: python train_{r['objective']}.py --tokenizer {other} --flops {r['flops_budget']:g}, "
           f"or python {twin} --tokenizer {r['tokenizer']} --flops {r['flops_budget']:g}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A table of finished runs, and their curves in one figure.")
+    parser.error = usage_error
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--out", type=Path, help="where to draw their curves (.png)")
+    args = parser.parse_args()
+    logs = {}
+    print("| run | parameters without embeddings | tokens | FLOPs | bits per byte (validation) |\n|---|---|---|---|---|")
+    for folder in args.runs:
+        result = json.loads((folder / "result.json").read_text())
+        print(f"| {folder.name} | {result['params_non_embedding']:,} | {result['tokens']:,} | {result['flops_spent']:.3g} | "
+              f"{result['val_bpb']:.3f} +- {result['val_bpb_stderr']:.3f} |")
+        rows = list(csv.DictReader(open(folder / "log.csv")))
+        logs[f"{result['objective'].upper()} {result['tokenizer']}: {result['val_bpb']:.3f}"] = \
+            [[float(row[key]) if row[key] else None for key in LOG_COLUMNS] for row in rows]
+    if args.out:
+        plot_logs(args.out, logs)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -145,6 +145,8 @@ def parse_args():
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise run.InputError(f"--{name} is a positive number, not {value}")
+    if args.seed < 0:
+        raise run.InputError(f"--seed is not negative: {args.seed}")
     data.check_vocab(args.vocab)
     # The settings that are not the defaults, for the name of the run folder.
     args.extras = "".join(f"-{name}{value}" for name in ("vocab", "context", "batch", "lr", "shuffle", "schedule", "span")
@@ -185,7 +187,7 @@ def main():
     state = {"step": 0, "seconds": 0.0, "bytes": 0, "row_nats": 0.0, "row_bytes": 0, "rows": []}
     if (out / "checkpoint.pt").exists():
         saved = load_checkpoint(out / "checkpoint.pt")
-        run.check_same(saved.get("settings"), settings, out / "checkpoint.pt")
+        run.check_same(saved["settings"], settings, out / "checkpoint.pt")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
@@ -221,64 +223,64 @@ def main():
     val_steps = {math.ceil(steps * i / VAL_TIMES) for i in range(1, VAL_TIMES)}
     pending, saved_at, mark = [], time.monotonic(), time.perf_counter()
     bar = tqdm(desc=out.name, total=steps, initial=state["step"], unit=" steps", mininterval=0.5 if sys.stderr.isatty() else 30)
-    for step in range(state["step"], steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule(step, steps) * group["scale"]
-        windows = train.batch(args.seed, step, batch)                                      # (B, T)
-        ids = torch.from_numpy(windows).to(device)
-        inputs, weights = corrupt(ids, tokenizer.vocab_size, noise(args.seed, step), args.schedule, args.span)
-        loss_now = 0.0
-        for i in range(0, batch, micro):
-            part = slice(i, i + micro)
-            share = (weights[part] * score(model, inputs[part], ids[part])).sum() / ids.numel()
-            share.backward()
-            loss_now += share.detach()
-        norm = clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        pending.append((step, loss_now, norm, int(tokenizer.bytes_per_id[windows].sum())))
-        bar.update()
-        done = step + 1
-        save = done == steps or done in val_steps or stop or time.monotonic() - saved_at > SAVE_SECONDS
-        if not (save or done in log_steps):
-            continue
+    with bar:
+        for step in range(state["step"], steps):
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * schedule(step, steps) * group["scale"]
+            windows = train.batch(args.seed, step, batch)                                      # (B, T)
+            ids = torch.from_numpy(windows).to(device)
+            inputs, weights = corrupt(ids, tokenizer.vocab_size, noise(args.seed, step), args.schedule, args.span)
+            loss_now = 0.0
+            for i in range(0, batch, micro):
+                part = slice(i, i + micro)
+                share = (weights[part] * score(model, inputs[part], ids[part])).sum() / ids.numel()
+                share.backward()
+                loss_now += share.detach()
+            norm = clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            pending.append((step, loss_now, norm, int(tokenizer.bytes_per_id[windows].sum())))
+            bar.update()
+            done, stopping = step + 1, len(stop) > 0              # asked once a step: a signal may come at any line
+            save = done == steps or done in val_steps or stopping or time.monotonic() - saved_at > SAVE_SECONDS
+            if not (save or done in log_steps):
+                continue
 
-        # Only now are the losses read, so that an accelerator need not wait for us at every step.
-        for at, value, norm, nbytes in pending:
-            if not math.isfinite(float(value) + float(norm)):
-                sys.exit(f"error: at step {at} the loss is {float(value)} and the gradient norm {float(norm)}, at learning rate "
-                         f"{args.lr * schedule(at, steps):.3g}: stopped; the last good checkpoint in {out} is kept")
-            state["row_nats"] += float(value) * ids.numel()
-            state["row_bytes"] += nbytes
-            state["bytes"] += nbytes
-        pending = []
-        state["step"] = done
-        state["seconds"] += time.perf_counter() - mark
-        if done in log_steps:
-            val_bpb = evaluate(model, val[::16], tokenizer.bytes_per_id, span=args.span)[0] if done in val_steps else None
-            train_bpb = state["row_nats"] / math.log(2) / state["row_bytes"]
-            state["rows"].append([done, done * step_flops, state["bytes"], train_bpb, val_bpb, args.lr * schedule(step, steps),
-                                  float(norm), state["seconds"]])
-            state["row_nats"], state["row_bytes"] = 0.0, 0
-            run.write_log(out, state["rows"])
-            bar.set_postfix_str(f"{train_bpb:.3f} BPB, {done * step_flops / state['seconds'] / 1e9:,.0f} GFLOP/s", refresh=False)
-        if save:
-            save_checkpoint(out / "checkpoint.pt", settings=settings, merges=corpus.meta["merges"], model=model.state_dict(),
-                            optimizer=optimizer.state_dict(), state=state)
-            saved_at = time.monotonic()
-        if stop and done < steps:
-            bar.close()
-            print(f"stopped and saved at step {done:,} of {steps:,}; the same command goes on from there", file=sys.stderr)
-            sys.exit(128 + stop[0])
-        mark = time.perf_counter()
-    bar.close()
+            # Only now are the losses read, so that an accelerator need not wait for us at every step.
+            for at, value, norm, nbytes in pending:
+                if not math.isfinite(float(value) + float(norm)):
+                    sys.exit(f"error: at step {at} the loss is {float(value)} and the gradient norm {float(norm)}, at learning rate "
+                             f"{args.lr * schedule(at, steps):.3g}: stopped; the last good checkpoint in {out} is kept")
+                state["row_nats"] += float(value) * ids.numel()
+                state["row_bytes"] += nbytes
+                state["bytes"] += nbytes
+            pending = []
+            state["step"] = done
+            state["seconds"] += time.perf_counter() - mark
+            if done in log_steps:
+                val_bpb = evaluate(model, val[::16], tokenizer.bytes_per_id, span=args.span)[0] if done in val_steps else None
+                train_bpb = state["row_nats"] / math.log(2) / state["row_bytes"]
+                state["rows"].append([done, done * step_flops, state["bytes"], train_bpb, val_bpb, args.lr * schedule(step, steps),
+                                      float(norm), state["seconds"]])
+                state["row_nats"], state["row_bytes"] = 0.0, 0
+                run.write_log(out, state["rows"])
+                bar.set_postfix_str(f"{train_bpb:.3f} BPB, {done * step_flops / state['seconds'] / 1e9:,.0f} GFLOP/s", refresh=False)
+            if save:
+                save_checkpoint(out / "checkpoint.pt", settings=settings, merges=corpus.meta["merges"], model=model.state_dict(),
+                                optimizer=optimizer.state_dict(), state=state)
+                saved_at = time.monotonic()
+            if stopping and done < steps:
+                bar.close()
+                print(f"stopped and saved at step {done:,} of {steps:,}; the same command goes on from there", file=sys.stderr)
+                sys.exit(128 + stop[0])
+            mark = time.perf_counter()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
     bpb, stderr = evaluate(model, val, tokenizer.bytes_per_id, span=args.span)
     state["rows"][-1][4] = bpb
     run.write_log(out, state["rows"])
-    run.plot_log(out, state["rows"], out.name)
+    run.plot_logs(out / "loss.png", {out.name: state["rows"]})
     result = settings | {
         "flops_spent": steps * step_flops, "params": model.params(), "params_non_embedding": model.params(embedding=False),
         "tokens": steps * batch * context, "bytes": state["bytes"], "val_bpb": bpb, "val_bpb_stderr": stderr,

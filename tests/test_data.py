@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, command, environment, execute
 
+import bpe
 import data
 from run import InputError
 
@@ -18,7 +19,7 @@ ALPHABETS = [b"ab", b"ab ", b"aaab\x00 ", b"it's ll\n", b"\xc8\xc9 ", bytes(rang
 
 
 def brute_force_bpe(text, vocab_size):
-    words, merges = [[bytes([b]) for b in word] for word in data.PRETOKEN.findall(text)], []
+    words, merges = [[bytes([b]) for b in word] for word in bpe.PRETOKEN.findall(text)], []
     while len(merges) < vocab_size - 256:
         counts = Counter(pair for word in words for pair in zip(word, word[1:]))
         if not counts:
@@ -39,7 +40,7 @@ def merge(word, pair):
 
 def brute_force_encode(merges, text):
     out = []
-    for word in data.PRETOKEN.findall(text):
+    for word in bpe.PRETOKEN.findall(text):
         word = [bytes([b]) for b in word]
         while present := [pair for pair in merges if pair in set(zip(word, word[1:]))]:
             word = merge(word, present[0])
@@ -90,10 +91,10 @@ def test_pieces_cut_like_the_whole():
     rng = random.Random(2)
     for _ in range(300):
         text = bytes(rng.choices(b"'ls lr1.\x00\n\t\xc3", k=100))
-        whole = data.PRETOKEN.findall(text)
+        whole = bpe.PRETOKEN.findall(text)
         assert b"".join(whole) == text
         for size in (25, 26, 31, 60):
-            assert [word for piece in data.pretokens(text, size) for word in piece] == whole
+            assert [word for piece in bpe.pretokens(text, size) for word in piece] == whole
 
 
 def test_no_merge_crosses_a_document_border():

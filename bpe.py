@@ -7,6 +7,7 @@ str.split and str.join, which run in C.
 """
 import argparse
 import heapq
+import io
 import re
 from array import array
 from collections import Counter, defaultdict
@@ -31,16 +32,18 @@ PRETOKEN = re.compile(
     rb"|\x00")
 
 
-def pretokens(text, size=2**20):
-    """Cut text (bytes or a memory map) into pre-tokens: yields lists of bytes, a piece of about size bytes (many words) at a time."""
-    start = 0
-    while start < len(text):
-        words = PRETOKEN.findall(text, start, start + size)
-        start += size
-        if start < len(text) and len(words) > 2:              # what touches the piece's end (two words, where it cuts
-            start -= sum(map(len, words[-2:]))                # an 'll) might be cut otherwise in the whole: read it again
+def pretokens(stream, size=2**20):
+    """Cut what a binary stream holds into pre-tokens: yields lists of bytes, about size bytes (many words) at a time."""
+    rest, chunk = b"", stream.read(size)
+    while chunk:
+        following = stream.read(size)
+        words = PRETOKEN.findall(rest + chunk)
+        rest = b""
+        if following and len(words) > 2:                      # what touches the end of the chunk (two words, where it cuts
+            rest = b"".join(words[-2:])                       # an 'll) might be cut otherwise in the whole: read it again
             del words[-2:]
         yield words
+        chunk = following
 
 
 def train_bpe(text, vocab_size):
@@ -54,7 +57,7 @@ def train_bpe(text, vocab_size):
     """
     check_vocab(vocab_size)
     counts = Counter()
-    for piece in pretokens(text):
+    for piece in pretokens(io.BytesIO(text)):
         counts.update(piece)
     words = [word.decode("latin-1") for word in counts]       # latin-1: byte b becomes chr(b)
     weight = list(counts.values())
@@ -166,16 +169,16 @@ class Tokenizer:
                         heapq.heappush(heap, self.rank[born])
         return [ord(symbol) for symbol in text]
 
-    def encode_pieces(self, text):
-        """bytes or a memory map of any size -> the ids of encode(text), piece by piece, in bounded memory."""
-        for words in pretokens(text):
+    def encode_stream(self, stream):
+        """A binary stream of any length -> the ids of encode(all of it), piece by piece, in bounded memory."""
+        for words in pretokens(stream):
             yield np.frombuffer(b"".join(map(self.cache.__getitem__, words)), dtype=np.uint16)
 
     def encode(self, text):
         """bytes -> (N,) ids: uint8 without merges, else uint16."""
         if not self.merges:
             return np.frombuffer(text, dtype=np.uint8)
-        return np.concatenate([np.zeros(0, np.uint16), *self.encode_pieces(text)])
+        return np.concatenate([np.zeros(0, np.uint16), *self.encode_stream(io.BytesIO(text))])
 
     def decode(self, ids):
         """(N,) ids in [0, vocab_size) -> bytes."""

@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import mmap
 import re
 import shutil
 import sysconfig
@@ -113,18 +112,20 @@ def write_bytes(name, files, whole, folder):
 
 def write_bpe(source, meta, vocab_size, folder):
     """Learn a BPE on a sample of the train.bin of bytes in source, and encode both splits with it. -> meta."""
-    with open(source / "train.bin", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        block = len(text) if len(text) <= BPE_SAMPLE else 2**20
-        starts = np.linspace(0, len(text) - block, min(len(text), BPE_SAMPLE) // block, dtype=int)
-        merges = train_bpe(b"".join([text[i:i + block] for i in starts]), vocab_size)
+    size, block = meta["train_bytes"], min(meta["train_bytes"], 2**20)
+    sample = []
+    with open(source / "train.bin", "rb") as file:
+        for start in np.linspace(0, size - block, min(size, BPE_SAMPLE) // block, dtype=int):
+            file.seek(start)
+            sample.append(file.read(block))
+    merges = train_bpe(b"".join(sample), vocab_size)
     if len(merges) < vocab_size - 256:
         raise InputError(f"{meta['name']} is too small for a vocabulary of {vocab_size}: it yields {256 + len(merges)} tokens")
     tokenizer, tokens = Tokenizer(merges), {}
     for split in ("train", "val"):
-        with open(source / f"{split}.bin", "rb") as file, open(folder / f"{split}.bin", "wb") as out, \
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text, \
-                tqdm(desc=f"encoding {split}", total=len(text), unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            for ids in tokenizer.encode_pieces(text):
+        with open(source / f"{split}.bin", "rb") as text, open(folder / f"{split}.bin", "wb") as out, \
+                tqdm(desc=f"encoding {split}", total=meta[f"{split}_bytes"], unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            for ids in tokenizer.encode_stream(text):
                 out.write(ids.tobytes())
                 bar.update(int(tokenizer.bytes_per_id[ids].sum()))
             tokens[split] = out.tell() // 2

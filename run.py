@@ -136,9 +136,9 @@ def print_result(result, out):
     print(f"{r['objective']} on {r['tokenizer']}: {r['val_bpb']:.4f} +- {r['val_bpb_stderr']:.4f} bits per byte on {r['val_bytes']:,} bytes of "
           f"{r['corpus']['name']} validation text, after {r['flops_spent']:.3g} FLOPs in {duration(r['seconds'])} ({out})")
     other = "byte" if r["tokenizer"] == "bpe" else "bpe"
-    twin = "train_mdm.py" if r["objective"] == "ar" else "train_ar.py"
-    print(f"next: the same budget with the other tokens or order: python train_{r['objective']}.py --tokenizer {other} --flops {r['flops_budget']:g}, "
-          f"or python {twin} --tokenizer {r['tokenizer']} --flops {r['flops_budget']:g}")
+    twin, flops = "mdm" if r["objective"] == "ar" else "ar", f"{r['flops_budget']:g}".replace("e+", "e")
+    print(f"next, the same budget with other tokens or in another order: python train_{r['objective']}.py --tokenizer {other} --flops {flops}, "
+          f"or python train_{twin}.py --tokenizer {r['tokenizer']} --flops {flops}")
 
 
 def main():

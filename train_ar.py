@@ -67,7 +67,7 @@ DEFAULT_FLOPS = {"cpu": 3e12, "mps": 1e14, "cuda": 1e16}     # a minute or two
 LEARNING_RATE = 0.006        # the best at every width from 32 to 192 (the table in the README)
 MICRO_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}    # tokens in memory at once; a larger batch is summed over several
 COMPILE_FROM = {"cpu": 3e13, "mps": math.inf, "cuda": 1e15}  # FLOPs from which a run is long enough to pay for compilation
-VAL_BYTES = 2**20            # of validation text that the final BPB is measured on
+VAL_BYTES = 2**20            # of validation text that the final BPB is measured on (at most twice the tokens trained on)
 VAL_TIMES = 8                # validations in a run; those before the last read 1/16 of that text
 LOG_TIMES = 200              # rows in log.csv
 SAVE_SECONDS = 60            # between checkpoints, beside those at every validation
@@ -141,7 +141,7 @@ def main():
                              "take more, or a smaller --width, --batch or --context")
     shuffle = corpus.shuffle_tokens(args.shuffle, context)
     train = data.Windows(corpus.train, context, shuffle)
-    val = data.Windows(corpus.val, context, shuffle).spaced(max(16, VAL_BYTES // args.context))
+    val = data.Windows(corpus.val, context, shuffle).spaced(max(16, min(VAL_BYTES // args.context, 2 * steps * batch)))
     settings = {"objective": OBJECTIVE, "tokenizer": args.tokenizer, "vocab_size": tokenizer.vocab_size, "flops_budget": args.flops,
                 "width": config.width, "depth": config.depth, "context_bytes": args.context, "context_tokens": context,
                 "batch_tokens": batch * context, "steps": steps, "lr": args.lr, "seed": args.seed, "shuffle": args.shuffle,
@@ -172,7 +172,7 @@ def main():
     score = nats
     if args.compile == "on" or args.compile == "auto" and args.flops >= COMPILE_FROM[device.type]:
         try:
-            score = torch.compile(nats)
+            score = torch.compile(nats, dynamic=False)
             (weights * score(model, inputs, trial)).sum().backward()
         except Exception as error:                            # whatever a missing or broken compiler raises
             if args.compile == "on":

@@ -148,7 +148,7 @@ class Bomb:
 
 def test_no_code_in_a_checkpoint_is_run(tmp_path, capsys):
     torch.save({"model": Bomb()}, tmp_path / "bomb.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
     (tmp_path / "noise.pt").write_bytes(b"noise")
     (tmp_path / "empty.pt").write_bytes(b"")
     for name in ("bomb.pt", "pickle.pt", "noise.pt", "empty.pt"):

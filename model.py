@@ -7,6 +7,7 @@ SMDM (arXiv 2410.18514): width 576 has 9 layers and 48M non-embedding parameters
 rate does not move with the width: see Transformer (initialization, residual branches) and make_optimizer.
 """
 import argparse
+import errno
 import time
 from dataclasses import dataclass
 
@@ -145,7 +146,7 @@ def save_checkpoint(path, **state):
         try:
             torch.save(state, file)
         except RuntimeError as error:                                     # torch's word for a full disk
-            raise OSError(None, str(error).splitlines()[0]) from None
+            raise OSError(errno.EIO, str(error).splitlines()[0]) from None
     write_atomic(path, write)
 
 

@@ -202,6 +202,7 @@ def main():
     inputs, weights = corrupt(trial, tokenizer.vocab_size, noise(args.seed, 0), args.schedule, args.span)
     score = nats
     if args.compile == "on" or args.compile == "auto" and args.flops >= COMPILE_FROM[device.type]:
+        print("compiling, and measuring the speed", flush=True)
         try:
             score = torch.compile(nats, dynamic=False)
             (weights * score(model, inputs, trial)).sum().backward()

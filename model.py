@@ -207,12 +207,12 @@ def matmul_peak(device):
     return 2 * n**3 / seconds_per_call(lambda: a @ a, device)
 
 
-def training_speed(config, batch, device, compiled=True):
-    """FLOP/s of training steps (forward, backward, clipping, AdamW) on batches of batch tokens."""
+def training_speed(config, batch, device):
+    """FLOP/s of compiled training steps (forward, backward, clipping, AdamW) on batches of batch tokens."""
     model = Transformer(config).to(device)
     optimizer = make_optimizer(model)
     torch.compiler.reset()                                                # or the second shape would be compiled for any shape
-    score = torch.compile(nats, dynamic=False) if compiled else nats
+    score = torch.compile(nats, dynamic=False)
     ids = torch.randint(config.vocab_size, (max(1, batch // config.context), config.context), device=device)
 
     def step():

@@ -150,7 +150,9 @@ def main():
     logs = {}
     print("| run | parameters without embeddings | tokens | FLOPs | bits per byte (validation) |\n|---|---|---|---|---|")
     for folder in args.runs:
-        result = json.loads((folder / "result.json").read_text())
+        result = read_result(folder, {})
+        if result is None:
+            raise InputError(f"{folder} holds no finished run")
         print(f"| {folder.name} | {result['params_non_embedding']:,} | {result['tokens']:,} | {result['flops_spent']:.3g} | "
               f"{result['val_bpb']:.3f} +- {result['val_bpb_stderr']:.3f} |")
         rows = list(csv.DictReader(open(folder / "log.csv")))

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, environment, execute
+from conftest import ROOT, environment, execute
 
 import bpe
 import data

@@ -2,8 +2,6 @@
 import csv
 import difflib
 import json
-import math
-import os
 import re
 import resource
 import signal

@@ -34,7 +34,7 @@ class Config:
 
     @property
     def head_dim(self):
-        return 32 if self.width < 256 else 64
+        return 64 if self.width >= 256 else 32 if self.width % 32 == 0 else 16
 
     @property
     def heads(self):

@@ -95,7 +95,7 @@ def evaluate(model, windows, bytes_per_id, size=16, span=1, seed=0):
 DEFAULT_FLOPS = {"cpu": 3e12, "mps": 1e14, "cuda": 1e16}     # a minute or two
 LEARNING_RATE = 0.0015       # the best, or within noise of it, at every width from 32 to 192 (the table in the README)
 MICRO_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}    # tokens in memory at once; a larger batch is summed over several
-COMPILE_FROM = {"cpu": 3e13, "mps": math.inf, "cuda": 1e15}  # FLOPs from which a run is long enough to pay for compilation
+COMPILE_FROM = {"cpu": 1e13, "mps": math.inf, "cuda": 1e15}  # FLOPs from which a run is long enough to pay for compilation
 VAL_BYTES = 2**20            # of validation text that the final BPB is measured on (at most twice the tokens trained on)
 VAL_TIMES = 8                # validations in a run; those before the last read 1/16 of that text
 LOG_TIMES = 200              # rows in log.csv

@@ -13,7 +13,7 @@ from run import InputError
 
 NAMES = ("E", "A", "B", "alpha", "beta")
 EXPONENTS = np.geomspace(0.05, 2.5, 14)     # the first grid, for both; the zoom goes on from its best point
-WIDTHS = np.geomspace(4, 65536, 400)        # what a frontier chooses from
+WIDTHS = np.geomspace(4, 65536, 150)        # what a frontier chooses from
 FAR = 1e30                                  # FLOPs: no frontier is followed further
 
 

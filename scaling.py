@@ -106,6 +106,10 @@ def row_of(result):
     return {key: flat[key] for key in (*SETTINGS, *OUTCOME)}
 
 
+def order(row):
+    return [row[key] for key in SETTINGS]
+
+
 def read_rows(path):
     """The rows of a runs.csv, [] if there is none. Raises InputError if it is not one."""
     if not path.exists():
@@ -121,7 +125,7 @@ def write_rows(path, rows):
     text = io.StringIO()
     table = csv.DictWriter(text, [*SETTINGS, *OUTCOME], lineterminator="\n")
     table.writeheader()
-    table.writerows(sorted(rows, key=lambda row: [row[key] for key in SETTINGS]))
+    table.writerows(sorted(rows, key=order))
     path.parent.mkdir(parents=True, exist_ok=True)
     run.write_atomic(path, lambda file: file.write(text.getvalue().encode()))
 
@@ -206,12 +210,12 @@ def analyse(rows):
     """Fits of all that the runs tell: -> a dict with, for each cell, its arrays N, D, L, its bootstrap laws (1 + S, 5) and its frontier
     on the budgets "C"; and for each objective "gap", "parity" and "capacity". The first of each bootstrap is the fit itself."""
     budgets = np.array(sorted({row["flops_budget"] for row in rows}))
-    C = np.unique(np.concatenate([np.geomspace(budgets[0] / 3, fits.FAR, 600), budgets]))
+    C = np.unique(np.concatenate([np.geomspace(budgets[0] / 3, fits.FAR, 200), budgets]))
     found = {"budgets": budgets, "C": C}
     if len(budgets) < 2:
         raise run.InputError(f"a law needs two budgets or more, not {len(budgets)}: {budgets[0]:g} FLOPs alone")
     for i, cell in enumerate(CELLS):
-        own = [row for row in rows if (row["objective"], row["tokenizer"]) == cell]
+        own = sorted((row for row in rows if (row["objective"], row["tokenizer"]) == cell), key=order)
         if not own:
             continue
         N, D, L = (np.array([row[key] for row in own], dtype=float) for key in ("params_non_embedding", "tokens", "val_bpb"))

@@ -1,5 +1,8 @@
 """Scaling laws and what follows from them: fits, compute-optimal frontiers, gap and parity, and how sure they are. numpy alone.
 
+    fit_law(N, D, L)        # one law
+    analyse(rows)           # all that the rows of runs.csv tell
+
 Loss after training N parameters on D tokens (Hoffmann et al., arXiv 2203.15556): L(N, D) = E + A / N^alpha + B / D^beta.
 Laws are arrays of five numbers (E, A, B, alpha, beta); functions take any number of laws at once, since a bootstrap has many.
 """
@@ -14,6 +17,8 @@ from run import InputError
 NAMES = ("E", "A", "B", "alpha", "beta")
 EXPONENTS = np.geomspace(0.05, 2.5, 14)     # the first grid, for both; the zoom goes on from its best point
 WIDTHS = np.geomspace(4, 65536, 150)        # what a frontier chooses from
+CELLS = {("ar", "bpe"): "AR, BPE", ("ar", "byte"): "AR, bytes", ("mdm", "bpe"): "MDM, BPE", ("mdm", "byte"): "MDM, bytes"}
+RESAMPLES = 1000
 FAR = 1e30                                  # FLOPs: no frontier is followed further
 
 
@@ -149,3 +154,41 @@ def resample(N, D, count, seed):
         if determines(N[row > 0], D[row > 0]):
             rows.append(row)
     return np.array(rows, dtype=float)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it, from the rows of runs.csv.
+
+def analyse(rows):
+    """Fits of all that the runs tell: -> a dict with, for each cell, its arrays N, D, L, its bootstrap laws (1 + S, 5) and its frontier
+    on the budgets "C"; and for each objective "gap", "parity" and "capacity". The first of each bootstrap is the fit itself."""
+    budgets = np.array(sorted({row["flops_budget"] for row in rows}))
+    C = np.unique(np.concatenate([np.geomspace(budgets[0] / 3, FAR, 200), budgets]))
+    found = {"budgets": budgets, "C": C}
+    if len(budgets) < 2:
+        raise InputError(f"a law needs two budgets or more, not {len(budgets)}: {budgets[0]:g} FLOPs alone")
+    for i, cell in enumerate(CELLS):
+        own = [row for row in rows if (row["objective"], row["tokenizer"]) == cell]
+        if not own:
+            continue
+        N, D, L = (np.array([row[key] for row in own], dtype=float) for key in ("params_non_embedding", "tokens", "val_bpb"))
+        try:
+            fit_law(N, D, L)
+        except InputError as error:
+            raise InputError(f"{CELLS[cell]}: {error}") from None
+        laws = fit_laws(N, D, L, resample(N, D, RESAMPLES, seed=i))
+        shape = own[0]["vocab_size"], own[0]["context_tokens"]
+        found[cell] = {"rows": own, "N": N, "D": D, "L": L, "laws": laws, "shape": shape, "frontier": frontier(laws, C, *shape)[0]}
+    for objective in ("ar", "mdm"):
+        byte, bpe = found.get((objective, "byte")), found.get((objective, "bpe"))
+        if byte and bpe:
+            found[objective] = {"gap": gap(byte["frontier"], bpe["frontier"], C),
+                                "parity": parity(byte["frontier"][:, C >= budgets[0]], bpe["frontier"][:, C >= budgets[0]], C[C >= budgets[0]]),
+                                "capacity": capacity_gap(byte["laws"], bpe["laws"], budgets, byte["shape"], bpe["shape"])}
+    return found
+
+
+def curves(cell):
+    """The IsoFLOP curves of a cell of analyse(): budget -> (N, L, parabola or None), N and L (runs,)."""
+    at = np.array([row["flops_budget"] for row in cell["rows"]])
+    return {C: (cell["N"][at == C], cell["L"][at == C], parabola(cell["N"][at == C], cell["L"][at == C])) for C in sorted(set(at))}

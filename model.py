@@ -34,7 +34,7 @@ class Config:
 
     @property
     def head_dim(self):
-        return 64 if self.width >= 256 else 32 if self.width % 32 == 0 else 16
+        return 64 if self.width >= 256 else next((d for d in (32, 16) if self.width % d == 0), 8)
 
     @property
     def heads(self):

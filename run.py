@@ -25,6 +25,9 @@ def run_script(main):
     """Run a script's main(): bad input and failing files end in one line on stderr and status 2, never in a traceback."""
     try:
         main()
+    except BrokenPipeError:                                   # whoever read our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

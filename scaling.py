@@ -6,7 +6,7 @@
     python scaling.py --plot-only                           # figures and tables from results/runs.csv alone
 
 Each run is one command of train_ar.py or train_mdm.py. Finished runs are rows of results/runs.csv, and all that follows is
-computed from those rows (the fits are in fits.py).
+computed from those rows (in fits.py; tables and figures are in figures.py).
 """
 import argparse
 import csv
@@ -21,26 +21,22 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
-import fits
+import figures
 import run
-from fits import fit_law                                      # part of this file's interface
-from model import Config, flops_per_token
+from fits import CELLS, analyse, fit_law                      # fit_law: others import it from here
 
 HERE = Path(__file__).resolve().parent
-BUDGETS = {"cpu": (2e11, 5e11, 1.5e12), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
-LADDER = (16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1408, 2048)          # widths, N doubled or a bit more at each step
-CELLS = {("ar", "bpe"): "AR, BPE", ("ar", "byte"): "AR, bytes", ("mdm", "bpe"): "MDM, BPE", ("mdm", "byte"): "MDM, bytes"}
-COLOR = dict(zip(CELLS, (run.COLORS[5], run.COLORS[0], run.COLORS[4], run.COLORS[1])))
-# Learning rate and batch (tokens, at 1e12 FLOPs), the best of `--study tune` (the table in the README); batches grow as C^0.3.
+BUDGETS = {"cpu": (1e11, 3e11, 1e12), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
+LADDER = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1408, 2048)          # widths, N doubled or a bit more at each step
+# Learning rate and batch (tokens, at 1e12 FLOPs) by `--study tune`: the best of the table in the README, but for MDM on bytes, whose
+# best by 0.015 is 0.003, and 0.0015 at larger widths. Batches grow as C^0.3.
 TUNED = {("ar", "bpe"): (0.012, 2048), ("ar", "byte"): (0.003, 512), ("mdm", "bpe"): (0.0015, 320), ("mdm", "byte"): (0.0015, 512)}
 TUNE_GRID = {("ar", "bpe"): ((0.006, 0.012, 0.024), (1024, 2048, 4096)), ("ar", "byte"): ((0.003, 0.006, 0.012), (512, 1024, 2048)),
              ("mdm", "bpe"): ((0.00075, 0.0015, 0.003), (160, 320, 512, 1024)), ("mdm", "byte"): ((0.00075, 0.0015, 0.003), (512, 1024, 2048))}
-RESAMPLES = 1000
 
 # What runs.csv holds of a result.json: what sets the run apart, then what came of it.
 SETTINGS = {"objective": str, "tokenizer": str, "vocab_size": int, "flops_budget": float, "width": int, "seed": int, "lr": float,
@@ -80,12 +76,13 @@ def plan_tune(args, corpora):
 
 
 def label(spec):
-    return (f"{spec['objective']}-{spec['tokenizer']}-w{spec['width']}-c{spec['flops_budget']:g}-b{spec['batch_tokens']}-lr{spec['lr']:g}"
-            f"-s{spec['seed']}").replace("e+", "e")
+    text = f"-{spec['corpus']}" if spec["corpus"] != "pysrc" else ""
+    return (f"{spec['objective']}-{spec['tokenizer']}-w{spec['width']}-c{spec['flops_budget']:g}-t{spec['context_tokens']}-b{spec['batch_tokens']}"
+            f"-lr{spec['lr']:g}-s{spec['seed']}{text}").replace("e+", "e")
 
 
 def folder(spec, study):
-    return Path("runs") / study / (label(spec) + ("" if spec["corpus"] == "pysrc" else f"-{spec['corpus']}"))
+    return Path("runs") / study / label(spec)
 
 
 def command(spec, args):
@@ -142,44 +139,51 @@ def spent(out):
         return 0.0
 
 
-def sweep(plan, rows, path, args):
-    """Train what is missing of the plan, args.jobs runs at a time; a finished run becomes a row of path at once. -> failures"""
-    waiting = sorted((spec for spec in plan if not find(spec, rows)), key=lambda spec: spec["flops_budget"])
-    total, active, failures, done, stop = sum(spec["flops_budget"] for spec in waiting), {}, [], 0.0, []
-    gpus = torch.cuda.device_count()
+def launch(spec, slot, args):
+    """Start a run on its share of the machine: one GPU, or as many threads as each of args.jobs may have. -> Popen"""
+    out, gpus = folder(spec, args.study), torch.cuda.device_count()
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        share = {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
+    else:
+        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "output.txt", "a") as output:             # in a session of its own, so that a Ctrl-C comes to us alone
+        return subprocess.Popen([sys.executable, *command(spec, args)], env=os.environ | share, stdout=output, stderr=output,
+                                start_new_session=True)
+
+
+def sweep(missing, rows, path, args):
+    """Train the missing runs, args.jobs at a time, the cheap ones first; each becomes a row of path as it ends. -> what failed"""
+    waiting = sorted(missing, key=lambda spec: spec["flops_budget"])
+    active, failures, done, stop = {}, [], 0.0, []
     previous = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(desc=f"{len(waiting)} runs", total=total, unit=" FLOPs", mininterval=1 if sys.stderr.isatty() else 60,
+    bar = tqdm(desc=f"{len(waiting)} runs", total=sum(spec["flops_budget"] for spec in waiting), disable=not waiting,
+               mininterval=1 if sys.stderr.isatty() else 60,
                bar_format="{l_bar}{bar}| {n:.2e} of {total:.2e} FLOPs, {elapsed} gone, {remaining} left")
     with bar:
         while active or waiting and not stop:
             while waiting and not stop and len(active) < args.jobs:
-                spec, slot = waiting.pop(0), min(set(range(args.jobs)) - {slot for _, slot, _ in active.values()})
-                out = folder(spec, args.study)
-                out.mkdir(parents=True, exist_ok=True)
-                threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))} if not gpus else \
-                    {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[slot % gpus]}
-                with open(out / "output.txt", "a") as output:
-                    active[subprocess.Popen([sys.executable, *command(spec, args)], env=os.environ | threads, stdout=output, stderr=output,
-                                            start_new_session=True)] = out, slot, spec
+                slot = min(set(range(args.jobs)) - {slot for _, slot in active.values()})
+                active[launch(waiting[0], slot, args)] = waiting.pop(0), slot
             time.sleep(0.2)
             for process in [process for process in active if process.poll() is not None]:
-                out, slot, spec = active.pop(process)
+                spec, _ = active.pop(process)
                 done += spec["flops_budget"]
-                try:
-                    rows.append(row_of(run.read_result(out, {}) or {}))
+                if process.returncode == 0:
+                    rows.append(row_of(run.read_result(folder(spec, args.study), {})))
                     write_rows(path, rows)
-                except (KeyError, run.InputError):
-                    if not stop:
-                        failures.append(f"{label(spec)}: {((out / 'output.txt').read_text().splitlines() or ['no word'])[-1]}")
+                elif not stop:
+                    words = (folder(spec, args.study) / "output.txt").read_text().splitlines()
+                    failures.append(f"{label(spec)}: {words[-1] if words else f'ended with status {process.returncode}'}")
             for process in active if stop else ():
                 process.terminate()                           # it ends its step, saves and stops
                 process.wait()
-            bar.n = min(total, done + sum(spent(out) for out, _, _ in active.values()))
-            bar.refresh() if sys.stderr.isatty() else bar.update(0)
+            bar.update(done + sum(spent(folder(spec, args.study)) for spec, _ in active.values()) - bar.n)
     for number, handler in previous.items():
         signal.signal(number, handler)
     if stop:
-        print(f"stopped and saved, {len(waiting) + len(active)} runs to go; the same command goes on from there", file=sys.stderr)
+        print("stopped and saved; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + stop[0])
     return failures
 
@@ -199,192 +203,7 @@ def check_alike(rows, source):
             raise run.InputError(f"{source} mixes runs of different {keys[-1]}: {found}; take them apart, or another --out")
 
 
-def interval(values, digits=3):
-    """The first of bootstrap values, and the 90% interval of the others: "2.51 [2.40, 2.63]"; inf is "never"."""
-    low, high = np.quantile(values[1:], (0.05, 0.95), method="nearest")
-    number = [f"{x:#.{digits}g}".rstrip(".") if x < 1e4 else f"{x:.0e}".replace("e+", "e") if x < np.inf else "never" for x in (values[0], low, high)]
-    return f"{number[0]} [{number[1]}, {number[2]}]"
-
-
-def analyse(rows):
-    """Fits of all that the runs tell: -> a dict with, for each cell, its arrays N, D, L, its bootstrap laws (1 + S, 5) and its frontier
-    on the budgets "C"; and for each objective "gap", "parity" and "capacity". The first of each bootstrap is the fit itself."""
-    budgets = np.array(sorted({row["flops_budget"] for row in rows}))
-    C = np.unique(np.concatenate([np.geomspace(budgets[0] / 3, fits.FAR, 200), budgets]))
-    found = {"budgets": budgets, "C": C}
-    if len(budgets) < 2:
-        raise run.InputError(f"a law needs two budgets or more, not {len(budgets)}: {budgets[0]:g} FLOPs alone")
-    for i, cell in enumerate(CELLS):
-        own = sorted((row for row in rows if (row["objective"], row["tokenizer"]) == cell), key=order)
-        if not own:
-            continue
-        N, D, L = (np.array([row[key] for row in own], dtype=float) for key in ("params_non_embedding", "tokens", "val_bpb"))
-        try:
-            fit_law(N, D, L)
-        except run.InputError as error:
-            raise run.InputError(f"{CELLS[cell]}: {error}") from None
-        laws = fits.fit_laws(N, D, L, fits.resample(N, D, RESAMPLES, seed=i))
-        shape = own[0]["vocab_size"], own[0]["context_tokens"]
-        found[cell] = {"rows": own, "N": N, "D": D, "L": L, "laws": laws, "shape": shape, "frontier": fits.frontier(laws, C, *shape)[0]}
-    for objective in ("ar", "mdm"):
-        byte, bpe = found.get((objective, "byte")), found.get((objective, "bpe"))
-        if byte and bpe:
-            found[objective] = {"gap": fits.gap(byte["frontier"], bpe["frontier"], C),
-                                "parity": fits.parity(byte["frontier"][:, C >= budgets[0]], bpe["frontier"][:, C >= budgets[0]], C[C >= budgets[0]]),
-                                "capacity": fits.capacity_gap(byte["laws"], bpe["laws"], budgets, byte["shape"], bpe["shape"])}
-    return found
-
-
-def curves(cell):
-    """The IsoFLOP curves of a cell of analyse(): budget -> (N, L, parabola or None), N and L (runs,)."""
-    at = np.array([row["flops_budget"] for row in cell["rows"]])
-    return {C: (cell["N"][at == C], cell["L"][at == C], fits.parabola(cell["N"][at == C], cell["L"][at == C])) for C in sorted(set(at))}
-
-
-def report(found):
-    """Print the tables: laws, minima, gaps, parity."""
-    budgets, C = found["budgets"], found["C"]
-    print(f"\nLaws of bits per byte, E + A / N^alpha + B / D^beta, N without embeddings, D in tokens; [90% of {RESAMPLES} bootstrap samples of the runs]\n"
-          "\n| cell | runs | E | A | B | alpha | beta | rms of residuals |\n|---|---|---|---|---|---|---|---|")
-    for cell in filter(found.get, CELLS):
-        one = found[cell]
-        E, A, B, alpha, beta = one["laws"][0]
-        rms = np.sqrt(np.mean((one["L"] - E - A * one["N"] ** -alpha - B * one["D"] ** -beta) ** 2))
-        print(f"| {CELLS[cell]} | {len(one['L'])} | {' | '.join(map(interval, one['laws'].T))} | {rms:.3f} |")
-    print("\nThe best of each budget, by a parabola in log N: bits per byte (parameters without embeddings)\n"
-          f"\n| cell | {' | '.join(f'{C:g}' for C in budgets)} |\n|---|{'---|' * len(budgets)}")
-    for cell in filter(found.get, CELLS):
-        row = []
-        for budget in budgets:
-            N, L, fit = curves(found[cell]).get(budget, ((), (), None))
-            row.append(f"{fit[1]:.3f} ({fit[0]:.2g})".replace("e+0", "e") if fit else f"{min(L):.3f}, at the edge" if len(set(N)) > 2 else
-                       f"{min(L):.3f}, {len(set(N))} width{'s'[:len(set(N)) > 1]}" if len(N) else "")
-        print(f"| {CELLS[cell]} | {' | '.join(row)} |")
-    for objective in filter(found.get, ("ar", "mdm")):
-        one, name = found[objective], objective.upper()
-        top = max(row["flops_budget"] for row in found[objective, "byte"]["rows"])
-        at = np.searchsorted(C, budgets)
-        print(f"\n{name}: the compute that bytes need, over that of BPE\n\n| FLOPs of BPE | gap G | at equal parameters |\n|---|---|---|")
-        for k, budget in enumerate(budgets):
-            far = " (extrapolated)" if one["gap"][0, at[k]] * budget > top else ""
-            print(f"| {budget:g} | {interval(one['gap'][:, at[k]])}{far} | {interval(one['capacity'][:, k])} |")
-        with np.errstate(invalid="ignore"):
-            trend = (one["gap"][:, at[-1]] / one["gap"][:, at[0]]) ** (1 / np.log10(budgets[-1] / budgets[0]))
-        trend = np.nan_to_num(trend, nan=np.inf)
-        print(f"\n{name}: from {budgets[0]:g} to {budgets[-1]:g} FLOPs G is multiplied by {interval(trend)} with every decade.")
-        never = np.mean(np.isinf(one["parity"][1:]))
-        print(f"{name}: the fitted frontiers " + (f"do not meet below {fits.FAR:g} FLOPs" if np.isinf(one["parity"][0]) else
-              f"meet at {interval(one['parity'], 2)} FLOPs" + (" (extrapolated)" if one["parity"][0] > budgets[-1] else ""))
-              + f"; in {never:.0%} of the samples they never do.")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The figures.
-
-def draw(path, shape, size, paint):
-    """paint(axes) on a figure of shape (rows, columns) of panels, with shared axes -> path."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
-    paint(axes)
-    for ax in axes.flat:
-        ax.set_xscale("log")
-        ax.grid(alpha=0.3)
-    run.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def shade(budgets):
-    """A colour for each budget, dark to light, for all eyes."""
-    from matplotlib import colormaps
-    return dict(zip(budgets, colormaps["viridis"](np.linspace(0, 0.85, len(budgets)))))
-
-
-def plot_isoflops(path, found):
-    colors = shade(found["budgets"])
-
-    def paint(axes):
-        for (cell, title), ax in zip(CELLS.items(), axes.flat):
-            ax.set(title=title)
-            for budget, (N, L, fit) in curves(found[cell]).items() if cell in found else ():
-                ax.plot(N, L, "o", color=colors[budget], markersize=4, label=f"{budget:g}")
-                if fit:
-                    x = np.geomspace(min(N), max(N))
-                    ax.plot(x, fit[2](np.log(x)), color=colors[budget], linewidth=1)
-                    ax.plot(fit[0], fit[1], "*", color=colors[budget], markersize=12, markeredgecolor="black")
-        for ax in axes[-1]:
-            ax.set(xlabel="parameters without embeddings")
-        for ax in axes[:, 0]:
-            ax.set(ylabel="bits per byte")
-        axes[0, 1].legend(title="FLOPs (star: minimum)", fontsize=8)
-    draw(path, (2, 2), (8.5, 7), paint)
-
-
-def plot_frontier(path, found):
-    def paint(axes):
-        ax, C, (low, high) = axes[0, 0], found["C"], found["budgets"][[0, -1]]
-        for cell in filter(found.get, CELLS):
-            lines, color = found[cell]["frontier"], COLOR[cell]
-            for part, style in ((C <= high, "-"), ((C >= high) & (C <= 100 * high), "--")):
-                ax.plot(C[part], lines[0, part], style, color=color, label=CELLS[cell] if style == "-" else None)
-                ax.fill_between(C[part], *np.quantile(lines[1:, part], (0.05, 0.95), axis=0), color=color, alpha=0.2, linewidth=0)
-            for budget, (N, L, fit) in curves(found[cell]).items():
-                ax.plot(budget, fit[1] if fit else min(L), "o" if fit else "v", color=color, markersize=5)
-        ax.set(xlabel="training FLOPs", ylabel="bits per byte, best width", title="lines: laws, dashed: extrapolated; dots: IsoFLOP minima", )
-        ax.legend()
-    draw(path, (1, 1), (7.5, 5), paint)
-
-
-def plot_gap(path, found):
-    def paint(axes):
-        ax, C, (low, high) = axes[0, 0], found["C"], found["budgets"][[0, -1]]
-        for objective, claim in (("ar", 1e22), ("mdm", 4e26)):
-            color = COLOR[objective, "byte"]
-            ax.plot(claim, 1, "X", color=color, markersize=9, label=f"{objective.upper()}: parity as the paper extrapolates it, {claim:.0e}".replace("e+", "e"))
-            if objective not in found:
-                continue
-            G, top = found[objective]["gap"], max(row["flops_budget"] for row in found[objective, "byte"]["rows"])
-            inside = (C >= low) & (C <= high) & (C * G[0] <= top)
-            outside = (C >= low) & ~(inside & np.roll(inside, -1)) & (C <= 1e28)
-            band = np.quantile(G[1:], (0.05, 0.95), axis=0, method="nearest")
-            ax.plot(C[inside], G[0, inside], color=color, linewidth=2, label=f"{objective.upper()}: bytes against BPE")
-            ax.plot(C[outside], G[0, outside], "--", color=color, linewidth=1)
-            ax.fill_between(C[C >= low], *np.minimum(band[:, C >= low], 1e6), color=color, alpha=0.2, linewidth=0)
-        ax.axhline(1, color="black", linewidth=0.8)
-        ax.set(xlabel="training FLOPs of the BPE model", ylabel="gap: compute of bytes / compute of BPE", yscale="log", ylim=(0.5, 300),
-               xlim=(low, 1e28), title="bands: 90%; dashed: extrapolated; no line: bytes never get there")
-        ax.legend(fontsize=8, loc="upper right")
-    draw(path, (1, 1), (7.5, 5), paint)
-
-
-def plot_capacity(path, found):
-    colors = shade(found["budgets"])
-
-    def paint(axes):
-        for objective, ax in zip(("ar", "mdm"), axes[0]):
-            for tokenizer, style in (("byte", "o-"), ("bpe", "s--")):
-                for budget, (N, L, _) in curves(found[objective, tokenizer]).items() if (objective, tokenizer) in found else ():
-                    x = np.unique(N)
-                    ax.plot(x, [L[N == n].mean() for n in x], style, color=colors[budget], markersize=4, linewidth=1,
-                            label=f"{budget:g}, {'bytes' if tokenizer == 'byte' else 'BPE'}")
-            ax.set(xlabel="parameters without embeddings", title=objective.upper())
-        axes[0, 0].set(ylabel="bits per byte")
-        axes[0, 1].legend(title="FLOPs", fontsize=7, ncols=2)
-    draw(path, (1, 2), (9, 5), paint)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-def report_tune(rows):
-    """Print a table of bits per byte a cell: learning rate by batch."""
-    for cell, title in CELLS.items():
-        own = {(row["lr"], row["batch_tokens"]): row for row in rows if (row["objective"], row["tokenizer"]) == cell}
-        batches, best = sorted({batch for _, batch in own}), min(own.values(), key=lambda row: row["val_bpb"], default=None)
-        print(f"\n| {title}: learning rate, batch in tokens | {' | '.join(map(str, batches))} |\n|---|{'---|' * len(batches)}")
-        for lr in sorted({lr for lr, _ in own}):
-            cells = [own.get((lr, batch)) for batch in batches]
-            marks = ["**" if row is best else "" for row in cells]
-            print(f"| {lr:g} | " + " | ".join(f"{mark}{row['val_bpb']:.3f}{mark}" if row else "" for row, mark in zip(cells, marks)) + " |")
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -462,7 +281,7 @@ def main():
         check_alike(rows + plan if args.study == "gap" else [], path)
         print(f"{len(plan)} runs, {len(plan) - len(missing)} of them finished; {sum(spec['flops_budget'] for spec in missing):.2g} FLOPs to go, "
               f"{args.jobs} runs at a time", flush=True)
-        failures = sweep(plan, rows, path, args)
+        failures = sweep(missing, rows, path, args)
         kept = [row for row in rows if row["flops_budget"] in args.budgets or args.study == "tune"]
         if len(kept) < len(rows):
             print(f"{len(rows) - len(kept)} rows of {path} have other budgets: left out (--plot-only takes all)")
@@ -473,14 +292,12 @@ def main():
     if not rows:
         raise run.InputError(f"no finished runs in {path}")
     if args.study == "tune":
-        report_tune(rows)
+        figures.report_tune(rows)
     else:
         check_alike(rows, path)
-        found = analyse(rows)
-        report(found)
-        for name, plot in (("isoflops", plot_isoflops), ("frontier", plot_frontier), ("gap", plot_gap), ("capacity", plot_capacity)):
-            plot(out / f"{name}.png", found)
-        print(f"\nfigures: {out}/isoflops.png, frontier.png, gap.png, capacity.png")
+        found = analyse(sorted(rows, key=order))
+        figures.report(found)
+        figures.plot(out, found)
     sys.exit(1 if failures else 0)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import figures
 import fits
 import scaling
 from conftest import command, environment, execute
@@ -148,8 +149,8 @@ def test_a_parabola_and_its_edges():
 
 
 def test_intervals_in_words():
-    assert scaling.interval(np.array([2.514, *np.linspace(2, 3, 101)])) == "2.51 [2.05, 2.95]"
-    assert scaling.interval(np.array([12345.0, 1.0, np.inf])) == "1e4 [1.00, never]"
+    assert figures.interval(np.array([2.514, *np.linspace(2, 3, 101)])) == "2.51 [2.05, 2.95]"
+    assert figures.interval(np.array([12345.0, 1.0, np.inf])) == "1e4 [1.00, never]"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

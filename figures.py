@@ -45,9 +45,8 @@ def report(found):
         for k, budget in enumerate(budgets):
             far = " (extrapolated)" if one["gap"][0, at[k]] * budget > top else ""
             print(f"| {budget:g} | {interval(one['gap'][:, at[k]])}{far} | {interval(one['capacity'][:, k])} |")
-        with np.errstate(invalid="ignore"):
-            trend = (one["gap"][:, at[-1]] / one["gap"][:, at[0]]) ** (1 / np.log10(budgets[-1] / budgets[0]))
-        trend = np.nan_to_num(trend, nan=np.inf)
+        first, last = one["gap"][:, at[0]], one["gap"][:, at[-1]]
+        trend = np.where(np.isinf(last), np.inf, last / first) ** (1 / np.log10(budgets[-1] / budgets[0]))
         print(f"\n{name}: from {budgets[0]:g} to {budgets[-1]:g} FLOPs G is multiplied by {interval(trend)} with every decade.")
         never = np.mean(np.isinf(one["parity"][1:]))
         print(f"{name}: the fitted frontiers " + (f"do not meet below {fits.FAR:g} FLOPs" if np.isinf(one["parity"][0]) else
@@ -70,11 +69,11 @@ def report_tune(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # The figures.
 
-def draw(path, shape, size, paint):
-    """paint(axes) on a figure of shape (rows, columns) of panels, with shared axes -> path."""
+def draw(path, shape, size, paint, sharex=True):
+    """paint(axes) on a figure of shape (rows, columns) of panels -> path."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(*shape, sharex=sharex, sharey=True, squeeze=False)
     paint(axes)
     for ax in axes.flat:
         ax.set_xscale("log")
@@ -124,25 +123,26 @@ def plot_frontier(path, found):
 
 
 def plot_gap(path, found):
+    C, (low, high) = found["C"], found["budgets"][[0, -1]]
+    seen = C >= low
+
     def paint(axes):
-        ax, C, (low, high) = axes[0, 0], found["C"], found["budgets"][[0, -1]]
-        for objective, claim in (("ar", 1e22), ("mdm", 4e26)):
-            color = COLOR[objective, "byte"]
-            ax.plot(claim, 1, "X", color=color, markersize=9, label=f"{objective.upper()}: parity as the paper extrapolates it, {claim:.0e}".replace("e+", "e"))
-            if objective not in found:
-                continue
-            G, top = found[objective]["gap"], max(row["flops_budget"] for row in found[objective, "byte"]["rows"])
-            inside = (C >= low) & (C <= high) & (C * G[0] <= top)
-            outside = (C >= low) & ~(inside & np.roll(inside, -1)) & (C <= 1e28)
-            band = np.quantile(G[1:], (0.05, 0.95), axis=0, method="nearest")
-            ax.plot(C[inside], G[0, inside], color=color, linewidth=2, label=f"{objective.upper()}: bytes against BPE")
-            ax.plot(C[outside], G[0, outside], "--", color=color, linewidth=1)
-            ax.fill_between(C[C >= low], *np.minimum(band[:, C >= low], 1e6), color=color, alpha=0.2, linewidth=0)
-        ax.axhline(1, color="black", linewidth=0.8)
-        ax.set(xlabel="training FLOPs of the BPE model", ylabel="gap: compute of bytes / compute of BPE", yscale="log", ylim=(0.5, 300),
-               xlim=(low, 1e28), title="bands: 90%; dashed: extrapolated; no line: bytes never get there")
-        ax.legend(fontsize=8, loc="upper right")
-    draw(path, (1, 1), (7.5, 5), paint)
+        for ax, right, title in zip(axes[0], (30 * high, 1e28), ("near the budgets that were trained", "extrapolated, beside the paper")):
+            for objective, claim in (("ar", 1e22), ("mdm", 4e26)):
+                color, name = COLOR[objective, "byte"], objective.upper()
+                if objective in found:
+                    G, top = found[objective]["gap"], max(row["flops_budget"] for row in found[objective, "byte"]["rows"])
+                    inside = seen & (C <= high) & (C * G[0] <= top)       # both frontiers were measured here
+                    band = np.quantile(G[1:], (0.05, 0.95), axis=0, method="nearest")
+                    ax.plot(C[seen], G[0, seen], "--", color=color, linewidth=1, label=f"{name}, extrapolated; band: 90%")
+                    ax.plot(C[inside], G[0, inside], color=color, linewidth=2.5, label=f"{name}, measured" if inside.any() else None)
+                    ax.fill_between(C[seen], *np.minimum(band[:, seen], 1e6), color=color, alpha=0.15, linewidth=0)
+                ax.plot(claim, 1, "X", color=color, markersize=9, clip_on=True, label=f"{name}, the paper's parity: {claim:.0e}".replace("e+", "e"))
+            ax.axhline(1, color="black", linewidth=0.8)
+            ax.set(xlabel="training FLOPs of the BPE model", xlim=(low, right), yscale="log", ylim=(0.5, 300), title=title)
+        axes[0, 0].set(ylabel="gap: FLOPs of bytes / FLOPs of BPE, at equal BPB")
+        axes[0, 1].legend(fontsize=8, loc="upper right")
+    draw(path, (1, 2), (9.5, 5), paint, sharex=False)
 
 
 def plot_capacity(path, found):
@@ -156,8 +156,9 @@ def plot_capacity(path, found):
                     ax.plot(x, [L[N == n].mean() for n in x], style, color=colors[budget], markersize=4, linewidth=1,
                             label=f"{budget:g}, {'bytes' if tokenizer == 'byte' else 'BPE'}")
             ax.set(xlabel="parameters without embeddings", title=objective.upper())
+            if ax.lines:
+                ax.legend(title="FLOPs", fontsize=7, ncols=2)
         axes[0, 0].set(ylabel="bits per byte")
-        axes[0, 1].legend(title="FLOPs", fontsize=7, ncols=2)
     draw(path, (1, 2), (9, 5), paint)
 
 

@@ -14,8 +14,9 @@ COLOR = dict(zip(CELLS, (run.COLORS[5], run.COLORS[0], run.COLORS[4], run.COLORS
 def interval(values, digits=3):
     """The first of bootstrap values, and the 90% interval of the others: "2.51 [2.40, 2.63]"; inf is "never"."""
     low, high = np.quantile(values[1:], (0.05, 0.95), method="nearest")
-    number = [f"{x:#.{digits}g}".rstrip(".") if x < 1e4 else f"{x:.0e}".replace("e+", "e") if x < np.inf else "never" for x in (values[0], low, high)]
-    return f"{number[0]} [{number[1]}, {number[2]}]"
+    first, low, high = (f"{x:#.{digits}g}".rstrip(".") if x < 1e4 else f"{x:.0e}".replace("e+0", "e").replace("e+", "e") if x < np.inf else "never"
+                        for x in (values[0], low, high))
+    return f"{first} [{low}, {high}]"
 
 
 def report(found):

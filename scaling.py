@@ -164,8 +164,8 @@ def sweep(missing, rows, path, args):
     with bar:
         while active or waiting and not stop:
             while waiting and not stop and len(active) < args.jobs:
-                slot = min(set(range(args.jobs)) - {slot for _, slot in active.values()})
-                active[launch(waiting[0], slot, args)] = waiting.pop(0), slot
+                spec, slot = waiting.pop(0), min(set(range(args.jobs)) - {slot for _, slot in active.values()})
+                active[launch(spec, slot, args)] = spec, slot
             time.sleep(0.2)
             for process in [process for process in active if process.poll() is not None]:
                 spec, _ = active.pop(process)
@@ -221,8 +221,8 @@ def parse_args():
     parser.add_argument("--plot-only", action="store_true", help="train nothing: tables and figures of the runs that there are")
     parser.add_argument("--runs", type=Path, nargs="+", help="with --plot-only: of these run folders instead of runs.csv")
     args = parser.parse_args()
-    gpus = torch.cuda.device_count()
-    args.jobs = args.jobs or gpus or os.cpu_count() or 1
+    if args.jobs is None:
+        args.jobs = torch.cuda.device_count() or os.cpu_count() or 1
     if args.jobs < 1:
         raise run.InputError(f"--jobs is at least 1, not {args.jobs}")
     if args.runs and not args.plot_only:

@@ -42,12 +42,14 @@ def report(found):
         one, name = found[objective], objective.upper()
         top = max(row["flops_budget"] for row in found[objective, "byte"]["rows"])
         at = np.searchsorted(C, budgets)
-        print(f"\n{name}: the compute that bytes need, over that of BPE\n\n| FLOPs of BPE | gap G | at equal parameters |\n|---|---|---|")
+        lost = found[objective, "byte"]["frontier"] - found[objective, "bpe"]["frontier"]
+        print(f"\n{name}: what bytes cost\n\n| FLOPs of BPE | bits per byte lost at equal compute | gap G: compute for equal bits per byte | "
+              "G at equal parameters |\n|---|---|---|---|")
         for k, budget in enumerate(budgets):
             far = " (extrapolated)" if one["gap"][0, at[k]] * budget > top else ""
-            print(f"| {budget:g} | {interval(one['gap'][:, at[k]])}{far} | {interval(one['capacity'][:, k])} |")
+            print(f"| {budget:g} | {interval(lost[:, at[k]])} | {interval(one['gap'][:, at[k]])}{far} | {interval(one['capacity'][:, k])} |")
         first, last = one["gap"][:, at[0]], one["gap"][:, at[-1]]
-        trend = np.where(np.isinf(last), np.inf, last / first) ** (1 / np.log10(budgets[-1] / budgets[0]))
+        trend = np.divide(last, first, out=np.full(len(last), np.inf), where=np.isfinite(last)) ** (1 / np.log10(budgets[-1] / budgets[0]))
         print(f"\n{name}: from {budgets[0]:g} to {budgets[-1]:g} FLOPs G is multiplied by {interval(trend)} with every decade.")
         never = np.mean(np.isinf(one["parity"][1:]))
         print(f"{name}: the fitted frontiers " + (f"do not meet below {fits.FAR:g} FLOPs" if np.isinf(one["parity"][0]) else

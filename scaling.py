@@ -30,7 +30,7 @@ import run
 from fits import CELLS, analyse, fit_law                      # fit_law: others import it from here
 
 HERE = Path(__file__).resolve().parent
-BUDGETS = {"cpu": (1e11, 3e11, 1e12), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
+BUDGETS = {"cpu": (5e10, 2e11, 6e11), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
 LADDER = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1408, 2048)          # widths, N doubled or a bit more at each step
 # Learning rate and batch (tokens, at 1e12 FLOPs) by `--study tune`: the best of the table in the README, but for MDM on bytes, whose
 # best by 0.015 is 0.003, and 0.0015 at larger widths. Batches grow as C^0.3.
@@ -60,8 +60,8 @@ def settings(cell, flops, width, seed, lr, batch, context, corpora):
 
 
 def bracket(cell, flops):
-    """Four widths of the ladder about the best one for the budget, as far as the published study tells."""
-    best = 576 * (flops / 1e18) ** (1 / 6)
+    """Four widths of the ladder about the best one for the budget, as the published study has it below 1e14 FLOPs, and SMDM at 1e18."""
+    best = min((32 if cell[0] == "ar" else 22) * (flops / 1e12) ** 0.35, 576 * (flops / 1e18) ** (1 / 6))
     return sorted(sorted(LADDER, key=lambda width: abs(math.log(width / best)))[:4])
 
 

@@ -14,28 +14,36 @@ COLOR = dict(zip(CELLS, (run.COLORS[5], run.COLORS[0], run.COLORS[4], run.COLORS
 def interval(values, digits=3):
     """The first of bootstrap values, and the 90% interval of the others: "2.51 [2.40, 2.63]"; inf is "never"."""
     low, high = np.quantile(values[1:], (0.05, 0.95), method="nearest")
-    first, low, high = (f"{x:#.{digits}g}".rstrip(".") if x < 1e4 else f"{x:.0e}".replace("e+0", "e").replace("e+", "e") if x < np.inf else "never"
+    first, low, high = ("never" if np.isinf(x) else power(f"{x:.0e}") if x >= 1e4 else f"{x:#.{digits}g}".rstrip(".")
                         for x in (values[0], low, high))
     return f"{first} [{low}, {high}]"
+
+
+def power(text):
+    """
+    >>> power("1e+04"), power("3e+12")
+    ('1e4', '3e12')
+    """
+    return text.replace("e+0", "e").replace("e+", "e")
 
 
 def report(found):
     """Print the tables: laws, minima, gaps, parity."""
     budgets, C = found["budgets"], found["C"]
-    print(f"\nLaws of bits per byte, E + A / N^alpha + B / D^beta, N without embeddings, D in tokens; [90% of {fits.RESAMPLES} bootstrap samples of the runs]\n"
-          "\n| cell | runs | E | A | B | alpha | beta | rms of residuals |\n|---|---|---|---|---|---|---|---|")
+    print("\nLaws of bits per byte, E + A / N^alpha + B / D^beta, N without embeddings, D in tokens; "
+          f"[90% of {fits.RESAMPLES} bootstrap samples of the runs]\n\n| cell | runs | E | A | B | alpha | beta | rms of residuals |\n|---|---|---|---|---|---|---|---|")
     for cell in filter(found.get, CELLS):
         one = found[cell]
         E, A, B, alpha, beta = one["laws"][0]
         rms = np.sqrt(np.mean((one["L"] - E - A * one["N"] ** -alpha - B * one["D"] ** -beta) ** 2))
         print(f"| {CELLS[cell]} | {len(one['L'])} | {' | '.join(map(interval, one['laws'].T))} | {rms:.3f} |")
     print("\nThe best of each budget, by a parabola in log N: bits per byte (parameters without embeddings)\n"
-          f"\n| cell | {' | '.join(f'{C:g}' for C in budgets)} |\n|---|{'---|' * len(budgets)}")
+          f"\n| cell | {' | '.join(power(f'{C:g}') for C in budgets)} |\n|---|{'---|' * len(budgets)}")
     for cell in filter(found.get, CELLS):
         row = []
         for budget in budgets:
             N, L, fit = fits.curves(found[cell]).get(budget, ((), (), None))
-            row.append(f"{fit[1]:.3f} ({fit[0]:.2g})".replace("e+0", "e") if fit else f"{min(L):.3f}, at the edge" if len(set(N)) > 2 else
+            row.append(power(f"{fit[1]:.3f} ({fit[0]:.2g})") if fit else f"{min(L):.3f}, at the edge" if len(set(N)) > 2 else
                        f"{min(L):.3f}, {len(set(N))} width{'s'[:len(set(N)) > 1]}" if len(N) else "")
         print(f"| {CELLS[cell]} | {' | '.join(row)} |")
     for objective in filter(found.get, ("ar", "mdm")):
@@ -47,12 +55,12 @@ def report(found):
               "G at equal parameters |\n|---|---|---|---|")
         for k, budget in enumerate(budgets):
             far = " (extrapolated)" if one["gap"][0, at[k]] * budget > top else ""
-            print(f"| {budget:g} | {interval(lost[:, at[k]])} | {interval(one['gap'][:, at[k]])}{far} | {interval(one['capacity'][:, k])} |")
+            print(f"| {power(f'{budget:g}')} | {interval(lost[:, at[k]])} | {interval(one['gap'][:, at[k]])}{far} | {interval(one['capacity'][:, k])} |")
         first, last = one["gap"][:, at[0]], one["gap"][:, at[-1]]
         trend = np.divide(last, first, out=np.full(len(last), np.inf), where=np.isfinite(last)) ** (1 / np.log10(budgets[-1] / budgets[0]))
-        print(f"\n{name}: from {budgets[0]:g} to {budgets[-1]:g} FLOPs G is multiplied by {interval(trend)} with every decade.")
+        print(f"\n{name}: from {power(f'{budgets[0]:g}')} to {power(f'{budgets[-1]:g}')} FLOPs G is multiplied by {interval(trend)} with every decade.")
         never = np.mean(np.isinf(one["parity"][1:]))
-        print(f"{name}: the fitted frontiers " + (f"do not meet below {fits.FAR:g} FLOPs" if np.isinf(one["parity"][0]) else
+        print(f"{name}: the fitted frontiers " + (f"do not meet below {power(f'{fits.FAR:g}')} FLOPs" if np.isinf(one["parity"][0]) else
               f"meet at {interval(one['parity'], 2)} FLOPs" + (" (extrapolated)" if one["parity"][0] > budgets[-1] else ""))
               + f"; in {never:.0%} of the samples they never do.")
 
@@ -97,7 +105,7 @@ def plot_isoflops(path, found):
         for (cell, title), ax in zip(CELLS.items(), axes.flat):
             ax.set(title=title)
             for budget, (N, L, fit) in fits.curves(found[cell]).items() if cell in found else ():
-                ax.plot(N, L, "o", color=colors[budget], markersize=4, label=f"{budget:g}")
+                ax.plot(N, L, "o", color=colors[budget], markersize=4, label=power(f"{budget:g}"))
                 if fit:
                     x = np.geomspace(min(N), max(N))
                     ax.plot(x, fit[2](np.log(x)), color=colors[budget], linewidth=1)
@@ -140,7 +148,7 @@ def plot_gap(path, found):
                     ax.plot(C[seen], G[0, seen], "--", color=color, linewidth=1, label=f"{name}, extrapolated; band: 90%")
                     ax.plot(C[inside], G[0, inside], color=color, linewidth=2.5, label=f"{name}, measured" if inside.any() else None)
                     ax.fill_between(C[seen], *np.minimum(band[:, seen], 1e6), color=color, alpha=0.15, linewidth=0)
-                ax.plot(claim, 1, "X", color=color, markersize=9, clip_on=True, label=f"{name}, the paper's parity: {claim:.0e}".replace("e+", "e"))
+                ax.plot(claim, 1, "X", color=color, markersize=9, clip_on=True, label=f"{name}, the paper's parity: {power(f'{claim:.0e}')}")
             ax.axhline(1, color="black", linewidth=0.8)
             ax.set(xlabel="training FLOPs of the BPE model", xlim=(low, right), yscale="log", ylim=(0.5, 300), title=title)
         axes[0, 0].set(ylabel="gap: FLOPs of bytes / FLOPs of BPE, at equal BPB")
@@ -157,7 +165,7 @@ def plot_capacity(path, found):
                 for budget, (N, L, _) in fits.curves(found[objective, tokenizer]).items() if (objective, tokenizer) in found else ():
                     x = np.unique(N)
                     ax.plot(x, [L[N == n].mean() for n in x], style, color=colors[budget], markersize=4, linewidth=1,
-                            label=f"{budget:g}, {'bytes' if tokenizer == 'byte' else 'BPE'}")
+                            label=f"{power(f'{budget:g}')}, {'bytes' if tokenizer == 'byte' else 'BPE'}")
             ax.set(xlabel="parameters without embeddings", title=objective.upper())
             if ax.lines:
                 ax.legend(title="FLOPs", fontsize=7, ncols=2)

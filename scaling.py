@@ -28,6 +28,7 @@ import data
 import figures
 import run
 from fits import CELLS, analyse, fit_law                      # fit_law: others import it from here
+from model import Config
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = {"cpu": (5e10, 2e11, 6e11), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
@@ -39,8 +40,8 @@ TUNE_GRID = {("ar", "bpe"): ((0.006, 0.012, 0.024), (1024, 2048, 4096)), ("ar", 
              ("mdm", "bpe"): ((0.00075, 0.0015, 0.003), (160, 320, 512, 1024)), ("mdm", "byte"): ((0.00075, 0.0015, 0.003), (512, 1024, 2048))}
 
 # What runs.csv holds of a result.json: what sets the run apart, then what came of it.
-SETTINGS = {"objective": str, "tokenizer": str, "vocab_size": int, "flops_budget": float, "width": int, "seed": int, "lr": float,
-            "batch_tokens": int, "context_bytes": int, "context_tokens": int, "shuffle": int, "span": int, "schedule": str, "corpus": str,
+SETTINGS = {"objective": str, "tokenizer": str, "vocab_size": int, "flops_budget": float, "width": int, "heads": int, "seed": int,
+            "lr": float, "batch_tokens": int, "context_bytes": int, "context_tokens": int, "shuffle": int, "span": int, "schedule": str, "corpus": str,
             "sha256": str}
 OUTCOME = {"steps": int, "tokens": int, "bytes": int, "params": int, "params_non_embedding": int, "flops_spent": float, "val_bpb": float,
            "val_bpb_stderr": float, "val_bytes": int, "seconds": float, "device": str, "torch": str}
@@ -54,9 +55,9 @@ def settings(cell, flops, width, seed, lr, batch, context, corpora):
     corpus = corpora[cell[1]]
     tokens = corpus.tokens(context)
     return {"objective": cell[0], "tokenizer": cell[1], "vocab_size": corpus.tokenizer.vocab_size, "flops_budget": flops, "width": width,
-            "seed": seed, "lr": lr, "batch_tokens": tokens * max(1, round(batch / tokens)), "context_bytes": context,
-            "context_tokens": tokens, "shuffle": 1, "span": 1, "schedule": "" if cell[0] == "ar" else "linear", "corpus": corpus.name,
-            "sha256": corpus.meta["sha256"]}
+            "heads": Config(width=width).heads, "seed": seed, "lr": lr,
+            "batch_tokens": tokens * max(1, round(batch / tokens)), "context_bytes": context, "context_tokens": tokens, "shuffle": 1,
+            "span": 1, "schedule": "" if cell[0] == "ar" else "linear", "corpus": corpus.name, "sha256": corpus.meta["sha256"]}
 
 
 def bracket(cell, flops):
@@ -194,7 +195,7 @@ def sweep(missing, rows, path, args):
 def check_alike(rows, source):
     """Raises InputError unless the runs differ only in cell, budget, width and seed (and in learning rate and batch between cells
     and budgets)."""
-    for keys in (("sha256",), ("context_bytes",), ("shuffle",), ("span",), ("objective", "schedule"), ("tokenizer", "vocab_size"),
+    for keys in (("sha256",), ("context_bytes",), ("shuffle",), ("span",), ("objective", "schedule"), ("tokenizer", "vocab_size"), ("width", "heads"),
                  ("objective", "tokenizer", "flops_budget", "lr"), ("objective", "tokenizer", "flops_budget", "batch_tokens")):
         kinds = Counter(tuple(row[key] for key in keys) for row in rows)
         groups = Counter(kind[:-1] for kind in kinds)

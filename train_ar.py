@@ -143,7 +143,7 @@ def main():
     train = data.Windows(corpus.train, context, shuffle)
     val = data.Windows(corpus.val, context, shuffle).spaced(max(16, min(VAL_BYTES // args.context, 2 * steps * batch)))
     settings = {"objective": OBJECTIVE, "tokenizer": args.tokenizer, "vocab_size": tokenizer.vocab_size, "flops_budget": args.flops,
-                "width": config.width, "depth": config.depth, "context_bytes": args.context, "context_tokens": context,
+                "width": config.width, "depth": config.depth, "heads": config.heads, "context_bytes": args.context, "context_tokens": context,
                 "batch_tokens": batch * context, "steps": steps, "lr": args.lr, "seed": args.seed, "shuffle": args.shuffle,
                 "span": 1, "schedule": None,
                 "corpus": {key: corpus.meta[key] for key in ("name", "sha256", "train_bytes", "val_bytes", "bytes_per_token")}}

@@ -66,7 +66,7 @@ def test_flops_are_what_the_profiler_counts(width, vocab_size, context, causal):
     assert isinstance(flops, int) and counter.get_total_flops() == flops * 3 * context
 
 
-@pytest.mark.parametrize("width, depth, heads", [(32, 2, 1), (96, 2, 3), (128, 2, 4), (224, 3, 7), (256, 4, 4), (576, 9, 9), (1664, 26, 26)])
+@pytest.mark.parametrize("width, depth, heads", [(16, 2, 1), (32, 2, 2), (96, 2, 6), (128, 2, 4), (224, 3, 7), (256, 4, 4), (576, 9, 9), (1664, 26, 26)])
 def test_shape_follows_from_width(width, depth, heads):
     config = model.Config(width=width)
     assert (config.depth, config.heads, config.head_dim) == (depth, heads, width // heads)

@@ -1,5 +1,4 @@
 """scaling.py and fits.py: planted laws are recovered, with honest intervals; a real sweep is killed, finished, and never done twice."""
-import csv
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import fits
 import scaling
 from conftest import command, environment, execute
 from model import Config, flops_per_token
-from run import InputError
+from run import InputError, run_script
 
 LAWS = [dict(E=1.1, A=80, B=600, alpha=0.35, beta=0.42), dict(E=0.6, A=12, B=60, alpha=0.2, beta=0.25), dict(E=0, A=400, B=410, alpha=0.34, beta=0.28)]
 
@@ -225,36 +224,44 @@ def test_tables_from_run_folders(swept):
     assert plotted.returncode == 0 and stdout[stdout.index("Laws of bits"):stdout.index("figures:")] in plotted.stdout
 
 
-def refused(done, word):
-    assert done.returncode == 2 and re.fullmatch(rf"error: .*{word}.*\n", done.stderr), (done.returncode, done.stderr)
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run scaling.py's main in this process, which is quicker, and check that it ends in one line with this word and status 2."""
+    def check(folder, word, *arguments):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", list(map(str, ["scaling.py", *arguments])))
+        with pytest.raises(SystemExit) as stop:
+            run_script(scaling.main)
+        stderr = capsys.readouterr().err
+        assert stop.value.code == 2 and re.fullmatch(rf"error: .*{word}.*\n", stderr), (stop.value.code, stderr)
+    return check
 
 
-def test_bad_input_is_one_line(swept, tmp_path):
+def test_bad_input_is_one_line(swept, tmp_path, refused):
     workplace, _ = swept
-    refused(execute(tmp_path, "scaling.py", "--plot-only"), "no finished runs")
-    refused(execute(workplace, "scaling.py", "--plot-only", "--budgets", "1e9"), "two budgets")
-    refused(execute(workplace, "scaling.py", "--plot-only", "--runs", "runs/nothing"), "no finished run")
+    refused(tmp_path, "no finished runs", "--plot-only")
+    refused(workplace, "two budgets", "--plot-only", "--budgets", "1e9")
+    refused(workplace, "no finished run", "--plot-only", "--runs", "runs/nothing")
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "runs.csv").write_text("a,b\n1,2\n")
-    refused(execute(tmp_path, "scaling.py", "--plot-only"), "not a table of runs")
+    table = tmp_path / "results" / "runs.csv"
+    table.write_text("a,b\n1,2\n")
+    refused(tmp_path, "not a table of runs", "--plot-only")
     rows = scaling.read_rows(workplace / "results" / "runs.csv")
-    for change, word in (({"sha256": "0" * 64}, "different sha256"), ({"context_bytes": 128}, "different context_bytes"),
-                         ({"lr": 0.5}, "different lr"), ({"shuffle": 4}, "different shuffle")):
-        scaling.write_rows(tmp_path / "results" / "runs.csv", [rows[0] | change] + rows[1:])
-        with pytest.raises(InputError, match=word):
-            scaling.check_alike(scaling.read_rows(tmp_path / "results" / "runs.csv"), "runs.csv")
-    refused(execute(tmp_path, "scaling.py", "--plot-only"), "mixes runs")
-    for arguments, word in ((("--jobs", 0), "--jobs"), (("--budgets", "-1"), "--budgets"), (("--runs", "a"), "--plot-only"), (("--study", "x"), "--study")):
-        refused(execute(tmp_path, "scaling.py", *arguments), word)
+    for change in ({"sha256": "0" * 64}, {"context_bytes": 128}, {"lr": 0.5}, {"shuffle": 4}, {"heads": 3}):
+        scaling.write_rows(table, [rows[0] | change] + rows[1:])
+        refused(tmp_path, f"mixes runs of different {next(iter(change))}", "--plot-only")
+    for word, *arguments in (("--jobs", "--jobs", 0), ("--budgets", "--budgets", "-1"), ("--plot-only", "--runs", "a"), ("--study", "--study", "x"),
+                             ("multiple of the head dimension", *TINY, "--widths", 20)):
+        refused(workplace, word, *arguments)
 
 
 def test_other_text_goes_elsewhere_and_a_failed_run_does_not_stop_the_others(swept, tmp_path):
-    """Width 20 has no heads: its runs fail, are named, and the rest is trained, beside the published runs and not among them."""
+    """The budget is too small for width 256: its runs fail, are named, and the rest is trained, beside the published runs and not among them."""
     workplace, _ = swept
     (tmp_path / "results").mkdir()
     shutil.copy(workplace / "results" / "runs.csv", tmp_path / "results")
     (tmp_path / "other.txt").write_bytes((workplace / "text.txt").read_bytes()[:-1])
-    done = execute(tmp_path, "scaling.py", "--data", "other.txt", "--vocab", 300, "--context", 64, "--budgets", "1e8", "--widths", 16, 20)
-    assert "hold" in done.stdout and done.returncode == 2 and done.stderr.count("failed: ") == 4 and "multiple of the head dimension" in done.stderr
+    done = execute(tmp_path, "scaling.py", "--data", "other.txt", "--vocab", 300, "--context", 64, "--budgets", "1e8", "--widths", 16, 256)
+    assert "hold" in done.stdout and done.returncode == 2 and done.stderr.count("failed: ") == 4 and "too small for one step" in done.stderr
     table, = (tmp_path / "results").glob("other-*/runs.csv")
     assert len(scaling.read_rows(table)) == 4 and len(scaling.read_rows(tmp_path / "results" / "runs.csv")) == 24

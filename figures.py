@@ -65,7 +65,7 @@ def report(found):
               + f"; in {never:.0%} of the samples they never do.")
 
 
-def report_tune(rows):
+def report_tune(rows, out):
     """Print a table of bits per byte a cell: learning rate by batch."""
     for cell, title in CELLS.items():
         own = {(row["lr"], row["batch_tokens"]): row for row in rows if (row["objective"], row["tokenizer"]) == cell}

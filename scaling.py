@@ -4,6 +4,7 @@
     python scaling.py --budgets 1e13 3e13 --seeds 0 1       # more; what is finished is not trained again
     python scaling.py --budgets 1e20 --dry-run | parallel -j 8      # or a SLURM array, or xargs
     python scaling.py --plot-only                           # figures and tables from results/runs.csv alone
+    python scaling.py --study shuffle                       # why: fragility.py and segmentation.py say what these do
 
 Each run is one command of train_ar.py or train_mdm.py. Finished runs are rows of results/runs.csv, and all that follows is
 computed from those rows (in fits.py; tables and figures are in figures.py).
@@ -26,16 +27,19 @@ from tqdm import tqdm
 
 import data
 import figures
+import fragility
 import run
+import segmentation
+import train_ar
+import train_mdm
 from fits import CELLS, analyse, fit_law                      # fit_law: others import it from here
 from model import Config
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = {"cpu": (5e10, 2e11, 6e11), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
+WHY_BUDGET = {"cpu": 1e12, "mps": 3e13, "cuda": 1e17}         # of the studies shuffle and span
 LADDER = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1408, 2048)          # widths, N doubled or a bit more at each step
-# Learning rate and batch (tokens, at 1e12 FLOPs) by `--study tune`: the best of the table in the README, but for MDM on bytes, whose
-# best by 0.015 is 0.003, and 0.0015 at larger widths. Batches grow as C^0.3.
-TUNED = {("ar", "bpe"): (0.012, 2048), ("ar", "byte"): (0.003, 512), ("mdm", "bpe"): (0.0015, 320), ("mdm", "byte"): (0.0015, 512)}
+TRAIN = {"ar": train_ar, "mdm": train_mdm}                    # their rules are ours: widths, and the tuned learning rates and batches
 TUNE_GRID = {("ar", "bpe"): ((0.006, 0.012, 0.024), (1024, 2048, 4096)), ("ar", "byte"): ((0.003, 0.006, 0.012), (512, 1024, 2048)),
              ("mdm", "bpe"): ((0.00075, 0.0015, 0.003), (160, 320, 512, 1024)), ("mdm", "byte"): ((0.00075, 0.0015, 0.003), (512, 1024, 2048))}
 
@@ -44,42 +48,52 @@ SETTINGS = {"objective": str, "tokenizer": str, "vocab_size": int, "flops_budget
             "lr": float, "batch_tokens": int, "context_bytes": int, "context_tokens": int, "shuffle": int, "span": int, "schedule": str, "corpus": str,
             "sha256": str}
 OUTCOME = {"steps": int, "tokens": int, "bytes": int, "params": int, "params_non_embedding": int, "flops_spent": float, "val_bpb": float,
-           "val_bpb_stderr": float, "val_bytes": int, "seconds": float, "device": str, "torch": str}
+           "val_bpb_stderr": float, "val_bpb_span1": lambda text: float(text) if text else None,
+           "val_bpb_span1_stderr": lambda text: float(text) if text else None, "val_bytes": int, "seconds": float, "device": str, "torch": str}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is to be trained. A run is a dict of its SETTINGS.
 
-def settings(cell, flops, width, seed, lr, batch, context, corpora):
-    """The settings of a run of a cell, as its result will have them. batch: tokens; context: bytes."""
-    corpus = corpora[cell[1]]
-    tokens = corpus.tokens(context)
+def settings(cell, flops, width, seed, args, corpora, lr=None, batch=None, shuffle=1, span=1):
+    """The settings of a run of a cell, as its result will have them. batch: tokens; lr and batch: the tuned ones, unless given."""
+    corpus, train = corpora[cell[1]], TRAIN[cell[0]]
+    tokens = corpus.tokens(args.context)
+    batch = batch or train.batch_rule(flops, cell[1])
     return {"objective": cell[0], "tokenizer": cell[1], "vocab_size": corpus.tokenizer.vocab_size, "flops_budget": flops, "width": width,
-            "heads": Config(width=width).heads, "seed": seed, "lr": lr,
-            "batch_tokens": tokens * max(1, round(batch / tokens)), "context_bytes": context, "context_tokens": tokens, "shuffle": 1,
-            "span": 1, "schedule": "" if cell[0] == "ar" else "linear", "corpus": corpus.name, "sha256": corpus.meta["sha256"]}
+            "heads": Config(width=width).heads, "seed": seed, "lr": lr or train.LEARNING_RATE[cell[1]],
+            "batch_tokens": tokens * max(1, round(batch / tokens)), "context_bytes": args.context, "context_tokens": tokens,
+            "shuffle": shuffle, "span": span, "schedule": "" if cell[0] == "ar" else "linear", "corpus": corpus.name,
+            "sha256": corpus.meta["sha256"]}
 
 
-def bracket(cell, flops):
-    """Four widths of the ladder about the best one for the budget, as the published study has it below 1e14 FLOPs, and SMDM at 1e18."""
-    best = min((32 if cell[0] == "ar" else 22) * (flops / 1e12) ** 0.35, 576 * (flops / 1e18) ** (1 / 6))
-    return sorted(sorted(LADDER, key=lambda width: abs(math.log(width / best)))[:4])
+def bracket(cell, flops, count=4):
+    """The widths of the ladder about the best one for the budget."""
+    best = TRAIN[cell[0]].width_rule(flops)
+    return sorted(sorted(LADDER, key=lambda width: abs(math.log(width / best)))[:count])
 
 
 def plan_gap(args, corpora):
-    return [settings(cell, flops, width, seed, TUNED[cell][0], TUNED[cell][1] * (flops / 1e12) ** 0.3, args.context, corpora)
+    return [settings(cell, flops, width, seed, args, corpora)
             for flops in args.budgets for cell in CELLS for width in args.widths or bracket(cell, flops) for seed in args.seeds]
 
 
 def plan_tune(args, corpora):
-    return [settings(cell, 1e12, 32, seed, lr, batch, args.context, corpora)
+    return [settings(cell, 1e12, 32, seed, args, corpora, lr=lr, batch=batch)
             for cell, (rates, batches) in TUNE_GRID.items() for lr in rates for batch in batches for seed in args.seeds]
+
+
+def plan_why(args, corpora):
+    return [settings(cell, flops, width, seed, args, corpora, **flags)
+            for flops in args.budgets for cell, flags in fragility.interventions(args.study, corpora, args.context)
+            for width in args.widths or bracket(cell, flops, 1) for seed in args.seeds]
 
 
 def label(spec):
     text = f"-{spec['corpus']}" if spec["corpus"] != "pysrc" else ""
+    flags = "".join(f"-{key}{spec[key]}" for key in ("shuffle", "span") if spec[key] > 1)
     return (f"{spec['objective']}-{spec['tokenizer']}-w{spec['width']}-c{spec['flops_budget']:g}-t{spec['context_tokens']}-b{spec['batch_tokens']}"
-            f"-lr{spec['lr']:g}-s{spec['seed']}{text}").replace("e+", "e")
+            f"-lr{spec['lr']:g}-s{spec['seed']}{flags}{text}").replace("e+", "e")
 
 
 def folder(spec, study):
@@ -90,9 +104,10 @@ def command(spec, args):
     """The run as arguments of Python."""
     script = os.path.relpath(HERE / f"train_{spec['objective']}.py")
     vocab = ["--vocab", spec["vocab_size"]] if spec["tokenizer"] == "bpe" else []
+    flags = [word for key in ("shuffle", "span") if spec[key] > 1 for word in (f"--{key}", spec[key])]
     return list(map(str, [script, "--tokenizer", spec["tokenizer"], *vocab, "--flops", f"{spec['flops_budget']:g}", "--width", spec["width"],
                           "--batch", spec["batch_tokens"], "--lr", f"{spec['lr']:g}", "--seed", spec["seed"], "--context",
-                          spec["context_bytes"], "--data", args.data, "--out", folder(spec, args.study)]))
+                          spec["context_bytes"], *flags, "--data", args.data, "--out", folder(spec, args.study)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +115,7 @@ def command(spec, args):
 
 def row_of(result):
     """A result.json as a row of runs.csv."""
-    flat = result | {"corpus": result["corpus"]["name"], "sha256": result["corpus"]["sha256"], "schedule": result["schedule"] or ""}
+    flat = dict.fromkeys(OUTCOME) | result | {"corpus": result["corpus"]["name"], "sha256": result["corpus"]["sha256"], "schedule": result["schedule"] or ""}
     return {key: flat[key] for key in (*SETTINGS, *OUTCOME)}
 
 
@@ -192,14 +207,15 @@ def sweep(missing, rows, path, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # What came out.
 
-def check_alike(rows, source):
-    """Raises InputError unless the runs differ only in cell, budget, width and seed (and in learning rate and batch between cells
-    and budgets)."""
+def check_alike(rows, source, study):
+    """Raises InputError unless the runs differ only in what the study varies: in cell, budget, width and seed (and in learning rate and
+    batch between cells and budgets); --study shuffle and span in that; --study tune in learning rate and batch."""
+    varied = {"gap": (), "tune": ("lr", "batch_tokens")}.get(study, (study,))
     for keys in (("sha256",), ("context_bytes",), ("shuffle",), ("span",), ("objective", "schedule"), ("tokenizer", "vocab_size"), ("width", "heads"),
                  ("objective", "tokenizer", "flops_budget", "lr"), ("objective", "tokenizer", "flops_budget", "batch_tokens")):
         kinds = Counter(tuple(row[key] for key in keys) for row in rows)
         groups = Counter(kind[:-1] for kind in kinds)
-        if mixed := [kind for kind in kinds if groups[kind[:-1]] > 1]:
+        if mixed := [kind for kind in kinds if groups[kind[:-1]] > 1 and keys[-1] not in varied]:
             found = ", ".join(f"{' '.join(map(str, kind))[:40]} ({kinds[kind]} runs)" for kind in sorted(mixed)[:4])
             raise run.InputError(f"{source} mixes runs of different {keys[-1]}: {found}; take them apart, or another --out")
 
@@ -209,7 +225,8 @@ def check_alike(rows, source):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = run.usage_error
-    parser.add_argument("--study", choices=("gap", "tune"), default="gap", help="gap (default), or tune: learning rate by batch at 1e12 FLOPs")
+    parser.add_argument("--study", choices=("gap", "tune", "shuffle", "span", "segmentation"), default="gap",
+                        help="gap (default); tune: learning rate by batch at 1e12 FLOPs; shuffle, span, segmentation: why")
     parser.add_argument("--budgets", type=float, nargs="+", help="FLOPs (default: by device)")
     parser.add_argument("--widths", type=int, nargs="+", help="of every cell (default: four about the best of each cell and budget)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -220,14 +237,18 @@ def parse_args():
     parser.add_argument("--out", type=Path, help="folder of runs.csv and the figures (default: results)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs that are missing, and stop")
     parser.add_argument("--plot-only", action="store_true", help="train nothing: tables and figures of the runs that there are")
-    parser.add_argument("--runs", type=Path, nargs="+", help="with --plot-only: of these run folders instead of runs.csv")
+    parser.add_argument("--runs", type=Path, nargs="+", help="of these run folders instead of runs.csv (with --plot-only), or runs/gap (--study segmentation)")
     args = parser.parse_args()
     if args.jobs is None:
         args.jobs = torch.cuda.device_count() or os.cpu_count() or 1
     if args.jobs < 1:
         raise run.InputError(f"--jobs is at least 1, not {args.jobs}")
-    if args.runs and not args.plot_only:
+    if args.runs and not args.plot_only and args.study != "segmentation":
         raise run.InputError("--runs goes with --plot-only")
+    if args.study == "span" and args.context % max(fragility.SPANS):
+        raise run.InputError(f"--study span masks up to {max(fragility.SPANS)} bytes together, which do not divide a window of {args.context}")
+    if args.study == "shuffle" and (odd := [block for block in fragility.BLOCKS if block < args.context and args.context % block]):
+        raise run.InputError(f"--study shuffle permutes blocks of {odd[0]} bytes, which do not divide a window of {args.context}")
     if any(not 0 < flops < math.inf for flops in args.budgets or ()):
         raise run.InputError(f"--budgets are positive numbers, not {args.budgets}")
     return args
@@ -245,13 +266,34 @@ def home(args, corpora):
     return Path("results")
 
 
-TABLE = {"gap": "runs.csv", "tune": "tune.csv"}
-PLAN = {"gap": plan_gap, "tune": plan_tune}
+TABLE = {"gap": "runs.csv", "tune": "tune.csv", "shuffle": "shuffle.csv", "span": "span.csv", "segmentation": "segmentation.csv"}
+PLAN = {"gap": plan_gap, "tune": plan_tune, "shuffle": plan_why, "span": plan_why}
+
+
+def show_gap(rows, out):
+    found = analyse(sorted(rows, key=order))
+    figures.report(found)
+    figures.plot(out, found)
+
+
+SHOW = {"gap": show_gap, "tune": figures.report_tune, "shuffle": fragility.show_shuffle, "span": fragility.show_span}
+
+
+def segment(args):
+    """--study segmentation: nothing is trained, finished runs are read."""
+    out = args.out or Path("results")
+    if not args.plot_only:
+        readings, line = segmentation.study(args.runs or sorted(Path("runs/gap").glob("*")), args.data)
+        segmentation.write_table(out / "segmentation.csv", readings)
+        segmentation.write_table(out / "entropy.csv", line)
+    segmentation.show(out)
 
 
 def main():
     args = parse_args()
-    failures, plan, corpora = [], [], None
+    if args.study == "segmentation":
+        return segment(args)
+    failures, plan = [], []
     if args.plot_only:
         out = home(args, None)
         path = out / TABLE[args.study]
@@ -265,7 +307,7 @@ def main():
             rows = [row for row in rows if row["flops_budget"] in args.budgets]
     else:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        args.budgets = args.budgets or BUDGETS[device]
+        args.budgets = {"tune": [1e12]}.get(args.study) or args.budgets or (BUDGETS[device] if args.study == "gap" else [WHY_BUDGET[device]])
         corpora = {tokenizer: data.load(args.data, tokenizer, args.vocab) for tokenizer in ("byte", "bpe")}
         out = home(args, corpora)
         path = out / TABLE[args.study]
@@ -279,26 +321,21 @@ def main():
             for spec in missing:
                 print("python " + shlex.join(command(spec, args)))
             return
-        check_alike(rows + plan if args.study == "gap" else [], path)
+        check_alike(rows + plan, path, args.study)
         print(f"{len(plan)} runs, {len(plan) - len(missing)} of them finished; {sum(spec['flops_budget'] for spec in missing):.2g} FLOPs to go, "
               f"{args.jobs} runs at a time", flush=True)
         failures = sweep(missing, rows, path, args)
-        kept = [row for row in rows if row["flops_budget"] in args.budgets or args.study == "tune"]
+        write_rows(path, rows)
+        kept = [row for row in rows if row["flops_budget"] in args.budgets]
         if len(kept) < len(rows):
             print(f"{len(rows) - len(kept)} rows of {path} have other budgets: left out (--plot-only takes all)")
-        write_rows(path, rows)
         rows = kept
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     if not rows:
         raise run.InputError(f"no finished runs in {path}")
-    if args.study == "tune":
-        figures.report_tune(rows)
-    else:
-        check_alike(rows, path)
-        found = analyse(sorted(rows, key=order))
-        figures.report(found)
-        figures.plot(out, found)
+    check_alike(rows, path, args.study)
+    SHOW[args.study](rows, out)
     sys.exit(1 if failures else 0)
 
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import data
 import run
-from model import (Config, Transformer, flops_per_token, load_checkpoint, make_optimizer, nats, pick_device, save_checkpoint,
-                   seconds_per_call)
+from model import (Config, Transformer, flops_per_token, load_checkpoint, make_optimizer, nats, nearest_width, pick_device,
+                   save_checkpoint, seconds_per_call)
 
 OBJECTIVE = "ar"
 
@@ -64,7 +64,9 @@ def evaluate(model, windows, bytes_per_id, size=16):
 # Settings.
 
 DEFAULT_FLOPS = {"cpu": 3e12, "mps": 1e14, "cuda": 1e16}     # a minute or two
-LEARNING_RATE = 0.006        # the best at every width from 32 to 192 (the table in the README)
+# Tuned at width 32 and 1e12 FLOPs by `python scaling.py --study tune`; the rate serves all widths, batches grow as C^0.3.
+LEARNING_RATE = {"byte": 0.003, "bpe": 0.012}
+BATCH = {"byte": 512, "bpe": 2048}         # tokens at 1e12 FLOPs
 MICRO_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}    # tokens in memory at once; a larger batch is summed over several
 COMPILE_FROM = {"cpu": 1e13, "mps": math.inf, "cuda": 1e15}  # FLOPs from which a run is long enough to pay for compilation
 VAL_BYTES = 2**20            # of validation text that the final BPB is measured on (at most twice the tokens trained on)
@@ -73,19 +75,14 @@ LOG_TIMES = 200              # rows in log.csv
 SAVE_SECONDS = 60            # between checkpoints, beside those at every validation
 
 
-# Both rules pass through the best of the grids in the README (pysrc bytes, 3e12 FLOPs) and grow from there as C^(1/6), which
-# makes parameters grow as C^0.5 and reaches SMDM's smallest model, width 576, at 1e18; and as C^0.3.
-
 def width_rule(flops):
-    """The width near the compute-optimal one."""
-    width = 576 * (flops / 1e18) ** (1 / 6)
-    grain = 32 if width < 240 else 64
-    return max(grain, grain * round(width / grain))
+    """The compute-optimal width, before rounding: that of the study in the README, and no more than takes SMDM's smallest model to 1e18."""
+    return min(32 * (flops / 1e12) ** 0.35, 576 * (flops / 1e18) ** (1 / 6))
 
 
-def batch_rule(flops):
+def batch_rule(flops, tokenizer):
     """Tokens in a batch."""
-    return 1024 * (flops / 3e12) ** 0.3
+    return BATCH[tokenizer] * (flops / 1e12) ** 0.3
 
 
 def lr_schedule(step, steps):
@@ -104,7 +101,7 @@ def parse_args():
     parser.add_argument("--context", type=int, default=512, help="bytes of text in a window (512)")
     parser.add_argument("--data", default="pysrc", help="pysrc (default), or a file or folder")
     parser.add_argument("--batch", type=int, help="tokens in a batch (default: by the budget)")
-    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help=f"peak learning rate ({LEARNING_RATE})")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: the tuned one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shuffle", type=int, default=1, help="permute the order within blocks of this many bytes (1: no)")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/..., named by the settings)")
@@ -124,6 +121,7 @@ def parse_args():
     # The settings that are not the defaults, for the name of the run folder.
     args.extras = "".join(f"-{name}{value}" for name in ("vocab", "context", "batch", "lr", "shuffle")
                           if (value := getattr(args, name)) != parser.get_default(name))
+    args.lr = args.lr or LEARNING_RATE[args.tokenizer]
     return args
 
 
@@ -132,8 +130,8 @@ def main():
     device = args.device
     corpus = data.load(args.data, args.tokenizer, args.vocab)
     tokenizer, context = corpus.tokenizer, corpus.tokens(args.context)
-    config = Config(tokenizer.vocab_size, context, args.width or width_rule(args.flops), causal=True)
-    batch = max(1, round((args.batch or batch_rule(args.flops)) / context))                # windows
+    config = Config(tokenizer.vocab_size, context, args.width or nearest_width(width_rule(args.flops)), causal=True)
+    batch = max(1, round((args.batch or batch_rule(args.flops, args.tokenizer)) / context))                # windows
     step_flops = flops_per_token(config) * batch * context
     steps = int(args.flops // step_flops)
     if steps < 1:

@@ -190,7 +190,7 @@ def test_the_sweep_is_whole(swept):
     rows = scaling.read_rows(workplace / "results" / "runs.csv")
     for row in rows:
         assert 0.5 * row["flops_budget"] < row["flops_spent"] <= row["flops_budget"] and 1 < row["val_bpb"] < 8
-        assert row["lr"] == scaling.TUNED[row["objective"], row["tokenizer"]][0]
+        assert row["lr"] == scaling.TRAIN[row["objective"]].LEARNING_RATE[row["tokenizer"]]
     assert {(row["objective"], row["tokenizer"], row["width"], row["flops_budget"]) for row in rows} == {
         (*cell, width, C) for cell in scaling.CELLS for width in (16, 32, 48) for C in (1e9, 3e9)}
     assert all((workplace / "results" / name).read_bytes().startswith(b"\x89PNG") for name in FIGURES)

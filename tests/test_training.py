@@ -104,10 +104,11 @@ def test_default_folder_and_rules(workplace):
     assert done.returncode == 0, done.stderr
     (folder,) = (workplace / "runs").glob("ar-byte-w*-c2e10-s3-text")
     result = result_of(folder)
-    assert result["width"] == train_ar.width_rule(2e10) and result["batch_tokens"] == 512      # one window: the rule's batch is smaller
-    assert result["lr"] == train_ar.LEARNING_RATE
-    assert [train_ar.width_rule(flops) for flops in (1e9, 3e12, 1e18)] == [32, 64, 576]
-    assert train_ar.batch_rule(3e12) == 1024 and train_mdm.batch_rule(3e13) == pytest.approx(1024 * 10**0.3)
+    assert result["width"] == 8 and result["batch_tokens"] == 512          # one window: the rule's batch is smaller
+    assert result["lr"] == train_ar.LEARNING_RATE["byte"]
+    for script, widths in ((train_ar, [8, 48, 576]), (train_mdm, [8, 32, 576])):
+        assert [model.nearest_width(script.width_rule(flops)) for flops in (1e9, 3e12, 1e18)] == widths
+        assert script.batch_rule(1e13, "bpe") == pytest.approx(script.BATCH["bpe"] * 10**0.3)
 
 
 def test_shuffle_and_span(workplace):
@@ -372,5 +373,5 @@ def test_the_twins_differ_in_the_objective_alone():
         sources.append([line.strip() for line in settings.splitlines()])
     lines = [line for line in difflib.unified_diff(*sources, n=0, lineterm="") if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     assert 0 < len(lines) < 50
-    belongs = re.compile(r"for name in|span|schedule|LEARNING_RATE|width = |return \d+ \* \(flops|noise\(|evaluate\(|corrupt\(|causal=")
+    belongs = re.compile(r"for name in|span|schedule|LEARNING_RATE = |BATCH = |width = |return min\(|noise\(|evaluate\(|corrupt\(|causal=")
     assert all(belongs.search(line) for line in lines), [line for line in lines if not belongs.search(line)]

@@ -76,11 +76,13 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(config.width, 8 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
-    def forward(self, x, cos, sin):                                       # (B, T, D), (T, 1, d / 2) twice
+    def forward(self, x, cos, sin, past=None):                            # (B, T, D), (T, 1, d / 2) twice
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm_attention(x)).view(B, T, 3, self.heads, -1).unbind(2)          # (B, T, H, d)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))        # (B, H, T, d)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if past is not None:
+            k, v = past.extend(self, k, v)                                                          # (B, H, past + T, d)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
         x = x + self.scale * self.mix(y.transpose(1, 2).reshape(B, T, D))
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)        # (B, T, 4 D)
         return x + self.scale * self.down(F.silu(gate) * up)
@@ -112,17 +114,35 @@ class Transformer(nn.Module):
                 nn.init.normal_(weight, std=1 if name == "embedding.weight" else weight.size(1) ** -0.5)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, ids):
-        T = ids.size(1)
+    def forward(self, ids, past=None):
+        start = past.length if past is not None else 0
+        place = slice(start, start + ids.size(1))
         x = self.embedding(ids)                                           # (B, T, D)
         for block in self.blocks:
-            x = block(x, self.cos[:T], self.sin[:T])
+            x = block(x, self.cos[place], self.sin[place], past)
+        if past is not None:
+            past.length = place.stop
         return self.head(self.norm(x))
 
     def params(self, embedding=True):
         """The number of parameters, with or without the embedding and the output head."""
         outer = self.embedding.weight.numel() + self.head.weight.numel()
         return sum(p.numel() for p in self.parameters()) - (0 if embedding else outer)
+
+
+class Cache:
+    """Keys and values of what a causal model has read, for forward's past: first any number of tokens, then one at a time."""
+
+    def __init__(self, model, batch):
+        config, like = model.config, model.head.weight
+        shape = (2, batch, config.heads, config.context, config.head_dim)
+        self.kept, self.length = {block: torch.empty(shape, device=like.device, dtype=like.dtype) for block in model.blocks}, 0
+
+    def extend(self, block, k, v):
+        """Keep k and v (B, H, T, d) behind those of the tokens before: -> all of them, (B, H, length + T, d) twice."""
+        stop = self.length + k.size(2)
+        self.kept[block][0, :, :, self.length:stop], self.kept[block][1, :, :, self.length:stop] = k, v
+        return self.kept[block][:, :, :, :stop]
 
 
 def nats(model, inputs, targets):

@@ -14,9 +14,9 @@ import pytest
 import figures
 import fits
 import scaling
-from conftest import command, environment, execute
+from conftest import assert_one_line, command, environment, execute, here
 from model import Config, flops_per_token
-from run import InputError, run_script
+from run import InputError
 
 LAWS = [dict(E=1.1, A=80, B=600, alpha=0.35, beta=0.42), dict(E=0.6, A=12, B=60, alpha=0.2, beta=0.25), dict(E=0, A=400, B=410, alpha=0.34, beta=0.28)]
 
@@ -161,11 +161,11 @@ TINY = ("--data", "text.txt", "--vocab", 300, "--context", 64, "--budgets", "1e9
 @pytest.fixture(scope="module")
 def swept(workplace):
     """The tiny sweep, one of its runs done by a line of --dry-run, killed in the middle, finished by the same command: -> its folder."""
-    lines = execute(workplace, "scaling.py", *TINY, "--dry-run").stdout.splitlines()
+    lines = here(workplace, "scaling.py", *TINY, "--dry-run").stdout.splitlines()
     assert len(lines) == 24 == len(set(lines)) and not (workplace / "results").exists()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     assert subprocess.run(lines[7], shell=True, cwd=workplace, env=environment(PATH=path), capture_output=True, timeout=60).returncode == 0
-    assert sorted(execute(workplace, "scaling.py", *TINY, "--dry-run").stdout.splitlines() + lines[7:8]) == sorted(lines)
+    assert sorted(here(workplace, "scaling.py", *TINY, "--dry-run").stdout.splitlines() + lines[7:8]) == sorted(lines)
     process = subprocess.Popen(command("scaling.py", *TINY), cwd=workplace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     table = workplace / "results" / "runs.csv"
     while process.poll() is None and len(scaling.read_rows(table)) < 5:
@@ -201,7 +201,7 @@ def test_a_finished_sweep_is_not_trained_again_even_without_its_folders(swept, t
     workplace, stdout = swept
     for name in ("text.txt", "results"):
         (shutil.copytree if (workplace / name).is_dir() else shutil.copy2)(workplace / name, tmp_path / name)
-    again = execute(tmp_path, "scaling.py", *TINY)
+    again = here(tmp_path, "scaling.py", *TINY)
     assert again.returncode == 0 and "24 runs, 24 of them finished; 0 FLOPs to go" in again.stdout and not (tmp_path / "runs").exists()
     tables = [text[text.index("Laws of bits"):] for text in (stdout, again.stdout)]
     assert tables[0] == tables[1]
@@ -220,24 +220,15 @@ def test_figures_from_the_table_alone(swept, tmp_path):
 def test_tables_from_run_folders(swept):
     workplace, stdout = swept
     runs = sorted((workplace / "runs" / "gap").iterdir())
-    plotted = execute(workplace, "scaling.py", "--plot-only", "--out", "elsewhere", "--runs", *runs)
+    plotted = here(workplace, "scaling.py", "--plot-only", "--out", "elsewhere", "--runs", *runs)
     assert plotted.returncode == 0 and stdout[stdout.index("Laws of bits"):stdout.index("figures:")] in plotted.stdout
 
 
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """Run scaling.py's main in this process, which is quicker, and check that it ends in one line with this word and status 2."""
-    def check(folder, word, *arguments):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", list(map(str, ["scaling.py", *arguments])))
-        with pytest.raises(SystemExit) as stop:
-            run_script(scaling.main)
-        stderr = capsys.readouterr().err
-        assert stop.value.code == 2 and re.fullmatch(rf"error: .*{word}.*\n", stderr), (stop.value.code, stderr)
-    return check
+def refused(folder, word, *arguments):
+    assert_one_line(here(folder, "scaling.py", *arguments), word)
 
 
-def test_bad_input_is_one_line(swept, tmp_path, refused):
+def test_bad_input_is_one_line(swept, tmp_path):
     workplace, _ = swept
     refused(tmp_path, "no finished runs", "--plot-only")
     refused(workplace, "two budgets", "--plot-only", "--budgets", "1e9")

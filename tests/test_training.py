@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, environment, execute
+from conftest import ROOT, assert_one_line, command, environment, execute, here
 
 import data
 import model
@@ -27,8 +27,8 @@ RESULT_KEYS = {"objective", "tokenizer", "vocab_size", "flops_budget", "flops_sp
                "val_bpb", "val_bpb_stderr", "val_bytes", "corpus", "seconds", "flops_per_second", "device", "torch"}
 
 
-def train(workplace, objective, out, *arguments, **extra):
-    return execute(workplace, f"train_{objective}.py", *SMALL, "--out", out, *arguments, **extra)
+def train(workplace, objective, out, *arguments, how=here, **extra):
+    return how(workplace, f"train_{objective}.py", *SMALL, "--out", out, *arguments, **extra)
 
 
 def result_of(folder):
@@ -43,17 +43,11 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def assert_one_line(done, *words, status=2):
-    assert done.returncode == status, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("objective, tokenizer", [("ar", "byte"), ("ar", "bpe"), ("mdm", "byte"), ("mdm", "bpe")])
 def test_a_cell_trains_to_its_budget(workplace, objective, tokenizer):
-    done = train(workplace, objective, f"cell-{objective}-{tokenizer}", "--tokenizer", tokenizer, "--flops", 2e10)
+    done = train(workplace, objective, f"cell-{objective}-{tokenizer}", "--tokenizer", tokenizer, "--flops", 2e10, how=execute)
     assert done.returncode == 0, done.stderr
     folder = workplace / f"cell-{objective}-{tokenizer}"
     result = result_of(folder)
@@ -100,7 +94,7 @@ def test_the_last_validation_is_what_evaluate_says_of_the_checkpoint(workplace):
 
 
 def test_default_folder_and_rules(workplace):
-    done = execute(workplace, "train_ar.py", "--data", "text.txt", "--flops", 2e10, "--seed", 3)
+    done = here(workplace, "train_ar.py", "--data", "text.txt", "--flops", 2e10, "--seed", 3)
     assert done.returncode == 0, done.stderr
     (folder,) = (workplace / "runs").glob("ar-byte-w*-c2e10-s3-text")
     result = result_of(folder)
@@ -214,54 +208,40 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(workplace, uninterrupted):
     assert_finishes_the_same(workplace, out, uninterrupted, "steps are done")
 
 
-@pytest.fixture
-def refused(workplace, monkeypatch, capsys):
-    """Run a script's main in this process, which is quicker, and check that it ends in one line with these words and status 2."""
-    def check(objective, arguments, *words):
-        script = {"ar": train_ar, "mdm": train_mdm}[objective]
-        monkeypatch.chdir(workplace)
-        monkeypatch.setattr(sys, "argv", list(map(str, [script.__file__, *SMALL, *arguments])))
-        try:
-            with pytest.raises(SystemExit) as stop:
-                run.run_script(script.main)
-        finally:
-            torch.use_deterministic_algorithms(False)
-        stderr = capsys.readouterr().err
-        assert stop.value.code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
-        assert all(word in stderr for word in words), stderr
-    return check
+def refused(workplace, objective, arguments, *words):
+    assert_one_line(train(workplace, objective, "refused", *arguments), *words)
 
 
 @pytest.mark.parametrize("damage", [lambda good: good[:len(good) // 2], lambda good: b"", lambda good: b"something else"])
-def test_a_torn_checkpoint_is_named_and_kept(workplace, uninterrupted, damage, refused):
+def test_a_torn_checkpoint_is_named_and_kept(workplace, uninterrupted, damage):
     objective = uninterrupted[0]
     out = workplace / f"torn-{objective}"
     out.mkdir(exist_ok=True)
     torn = damage((workplace / f"whole-{objective}/checkpoint.pt").read_bytes())
     (out / "checkpoint.pt").write_bytes(torn)
-    refused(objective, ("--out", out, *LONG), "checkpoint.pt", "torn")
+    refused(workplace, objective, ("--out", out, *LONG), "checkpoint.pt", "torn")
     assert (out / "checkpoint.pt").read_bytes() == torn
 
 
-def test_a_foreign_checkpoint_or_result_is_named_and_kept(workplace, uninterrupted, refused):
+def test_a_foreign_checkpoint_or_result_is_named_and_kept(workplace, uninterrupted):
     objective, weights, result = uninterrupted
     out = workplace / f"whole-{objective}"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    refused(objective, ("--out", out, *LONG, "--lr", 0.5), "result.json", "lr")
-    refused("mdm" if objective == "ar" else "ar", ("--out", out, *LONG), "result.json", "objective")
+    refused(workplace, objective, ("--out", out, *LONG, "--lr", 0.5), "result.json", "lr")
+    refused(workplace, "mdm" if objective == "ar" else "ar", ("--out", out, *LONG), "result.json", "objective")
     aside = workplace / f"aside-{objective}"
     aside.mkdir()
     for found in ({"settings": {"lr": 1}}, {"weights": torch.zeros(3)}, [1, 2], torch.zeros(3)):
         torch.save(found, aside / "checkpoint.pt")
         content = (aside / "checkpoint.pt").read_bytes()
-        refused(objective, ("--out", aside, *LONG), "checkpoint.pt")
+        refused(workplace, objective, ("--out", aside, *LONG), "checkpoint.pt")
         assert (aside / "checkpoint.pt").read_bytes() == content
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_loss_that_is_not_finite_stops_the_run(workplace, objective):
-    done = train(workplace, objective, f"nan-{objective}", "--flops", 2e9, "--lr", 1e30)
+    done = train(workplace, objective, f"nan-{objective}", "--flops", 2e9, "--lr", 1e30, how=execute)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"error: at step \d+ the loss is \S+ and the gradient norm \S+, at learning rate 1e\+30|error: at step \d+ .* learning rate", done.stderr)
     assert not (workplace / f"nan-{objective}/result.json").exists()
@@ -283,7 +263,7 @@ def test_without_a_compiler_training_goes_on(workplace, tmp_path):
 def test_compiled_training_is_the_same_training(workplace):
     """To rounding against eager, and to the bit against itself, on two threads."""
     for out, mode in (("compiled", "on"), ("compiled-again", "on"), ("not-compiled", "off")):
-        done = train(workplace, "ar", out, "--flops", 2e9, "--compile", mode, OMP_NUM_THREADS="2")
+        done = train(workplace, "ar", out, "--flops", 2e9, "--compile", mode, how=execute, OMP_NUM_THREADS="2")
         assert done.returncode == 0, done.stderr
     assert same_bits(weights_of(workplace / "compiled"), weights_of(workplace / "compiled-again"))
     assert result_of(workplace / "compiled")["val_bpb"] == pytest.approx(result_of(workplace / "not-compiled")["val_bpb"], rel=1e-3)
@@ -340,7 +320,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments, word", BAD + [(["--span", "5"], "5"), (["--span", "0"], "span"), (["--schedule", "none"], "none")])
-def test_bad_input_is_one_line_and_leaves_nothing(workplace, monkeypatch, refused, arguments, word):
+def test_bad_input_is_one_line_and_leaves_nothing(workplace, monkeypatch, arguments, word):
     """In this process, to be quick; test_bad_input_as_a_command runs some as commands."""
     (workplace / "empty").mkdir(exist_ok=True)
     (workplace / "empty.txt").write_bytes(b"")
@@ -350,7 +330,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(workplace, monkeypatch, refuse
     data.load("text.txt")
     before = set(workplace.rglob("*"))
     objective = "mdm" if arguments[0] in ("--span", "--schedule") else OBJECTIVES[len(word) % 2]
-    refused(objective, ("--flops", 2e9, *arguments), word)
+    refused(workplace, objective, ("--flops", 2e9, *arguments), word)
     made = {path for path in set(workplace.rglob("*")) - before if "bpe" not in path.relative_to(workplace).parts[-1]}
     assert not made and not list((workplace / "data").glob(".*"))
 

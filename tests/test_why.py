@@ -1,8 +1,6 @@
 """Context fragility: readings by brute force, and each study end to end on real text."""
-import contextlib
 import itertools
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import model
 import scaling
 import segmentation
 from bpe import Tokenizer, train_bpe
-from conftest import execute
+from conftest import assert_one_line, execute, here
 from test_model import lively
 
 
@@ -91,31 +89,27 @@ def test_seeds_and_validation_text_both_count():
 # ---------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("study, levels", [("shuffle", (1, 8, 64)), ("span", (1, 4))])
-def test_an_intervention_end_to_end(workplace, monkeypatch, capsys, study, levels):
-    monkeypatch.chdir(workplace)
+def test_an_intervention_end_to_end(workplace, monkeypatch, study, levels):
     monkeypatch.setattr(fragility, "BLOCKS", levels[:2])      # fewer than those of the study, to be quick
     monkeypatch.setattr(fragility, "SPANS", levels)
 
     def scale(*arguments):
-        monkeypatch.setattr(sys, "argv", list(map(str, ["scaling.py", "--study", study, *arguments])))
-        with contextlib.suppress(SystemExit):
-            scaling.main()
-        return capsys.readouterr().out
+        return here(workplace, "scaling.py", "--study", study, *arguments).stdout
     tiny = ("--data", "text.txt", "--vocab", 300, "--context", 64, "--widths", 16, "--budgets", "3e8")
     lines = scale(*tiny, "--dry-run").splitlines()
     shown = scale(*tiny)
-    rows = scaling.read_rows(Path("results", f"{study}.csv"))
+    rows = scaling.read_rows(Path(workplace, "results", f"{study}.csv"))
     assert len(rows) == len(lines) == len(set(lines)) == len({row["val_bpb"] for row in rows}) == (12 if study == "shuffle" else 3)
     assert {row[study] for row in rows if row["tokenizer"] == "byte"} == set(levels)
     assert len({(row["tokenizer"], row["val_bytes"]) for row in rows}) == 2                         # shuffling leaves the bytes and their number
     assert all((row["val_bpb_span1"] is None) == (row["span"] == 1) for row in rows)
-    assert Path("results", f"{study}.png").read_bytes().startswith(b"\x89PNG")
+    assert Path(workplace, "results", f"{study}.png").read_bytes().startswith(b"\x89PNG")
     assert scale("--plot-only").strip() in shown
 
 
 def test_segmentation_end_to_end(workplace):
     for objective in ("ar", "mdm"):
-        done = execute(workplace, f"train_{objective}.py", "--data", "text.txt", "--context", 64, "--width", 16, "--flops", "1e9",
+        done = here(workplace, f"train_{objective}.py", "--data", "text.txt", "--context", 64, "--width", 16, "--flops", "1e9",
                        "--out", f"runs/gap/{objective}")
         assert done.returncode == 0, done.stderr
     done = execute(workplace, "scaling.py", "--study", "segmentation", "--data", "text.txt")
@@ -124,7 +118,7 @@ def test_segmentation_end_to_end(workplace):
     assert all(f"| {title} |" in done.stdout for title in segmentation.READINGS.values())
     for name in ("segmentation.png", "entropy.png"):
         assert (workplace / "results" / name).read_bytes().startswith(b"\x89PNG")
-    again = execute(workplace, "scaling.py", "--study", "segmentation", "--plot-only")
+    again = here(workplace, "scaling.py", "--study", "segmentation", "--plot-only")
     assert again.returncode == 0 and again.stdout.strip() in done.stdout
 
 
@@ -133,5 +127,4 @@ def test_segmentation_end_to_end(workplace):
     (("--study", "segmentation", "--runs", "nowhere", "--data", "text.txt"), "no finished byte run"),
     (("--study", "segmentation", "--plot-only", "--out", "nowhere"), "segmentation.csv")])
 def test_bad_input_is_one_line(workplace, arguments, word):
-    done = execute(workplace, "scaling.py", *arguments)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and word in done.stderr, done.stderr
+    assert_one_line(here(workplace, "scaling.py", *arguments), word)

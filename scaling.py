@@ -105,7 +105,8 @@ def command(spec, args):
     script = os.path.relpath(HERE / f"train_{spec['objective']}.py")
     vocab = ["--vocab", spec["vocab_size"]] if spec["tokenizer"] == "bpe" else []
     flags = [word for key in ("shuffle", "span") if spec[key] > 1 for word in (f"--{key}", spec[key])]
-    return list(map(str, [script, "--tokenizer", spec["tokenizer"], *vocab, "--flops", f"{spec['flops_budget']:g}", "--width", spec["width"],
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] if args.nproc > 1 else []
+    return list(map(str, [*many, script, "--tokenizer", spec["tokenizer"], *vocab, "--flops", f"{spec['flops_budget']:g}", "--width", spec["width"],
                           "--batch", spec["batch_tokens"], "--lr", f"{spec['lr']:g}", "--seed", spec["seed"], "--context",
                           spec["context_bytes"], *flags, "--data", args.data, "--out", folder(spec, args.study)]))
 
@@ -156,13 +157,13 @@ def spent(out):
 
 
 def launch(spec, slot, args):
-    """Start a run on its share of the machine: one GPU, or as many threads as each of args.jobs may have. -> Popen"""
+    """Start a run on its share of the machine: args.nproc GPUs, or as many threads as each of args.jobs may have. -> Popen"""
     out, gpus = folder(spec, args.study), torch.cuda.device_count()
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        share = {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
+        share = {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[slot * args.nproc % gpus:][:args.nproc])}
     else:
-        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (args.jobs * args.nproc)))}
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "output.txt", "a") as output:             # in a session of its own, so that a Ctrl-C comes to us alone
         return subprocess.Popen([sys.executable, *command(spec, args)], env=os.environ | share, stdout=output, stderr=output,
@@ -191,7 +192,8 @@ def sweep(missing, rows, path, args):
                     write_rows(path, rows)
                 elif not stop:
                     words = (folder(spec, args.study) / "output.txt").read_text().splitlines()
-                    failures.append(f"{label(spec)}: {words[-1] if words else f'ended with status {process.returncode}'}")
+                    words = [word for word in words if word.startswith("error: ")] or words or [f"ended with status {process.returncode}"]
+                    failures.append(f"{label(spec)}: {words[-1]}")
             for process in active if stop else ():
                 process.terminate()                           # it ends its step, saves and stops
                 process.wait()
@@ -230,7 +232,8 @@ def parse_args():
     parser.add_argument("--budgets", type=float, nargs="+", help="FLOPs (default: by device)")
     parser.add_argument("--widths", type=int, nargs="+", help="of every cell (default: four about the best of each cell and budget)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--jobs", type=int, help="runs side by side (default: one a core, or one a GPU)")
+    parser.add_argument("--jobs", type=int, help="runs side by side (default: one a core, or all GPUs)")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of each run, by torchrun: one a GPU (1)")
     parser.add_argument("--data", default="pysrc", help="pysrc (default), or a file or folder")
     parser.add_argument("--vocab", type=int, default=4096, help="tokens in the BPE vocabulary (4096)")
     parser.add_argument("--context", type=int, default=512, help="bytes of text in a window (512)")
@@ -240,9 +243,9 @@ def parse_args():
     parser.add_argument("--runs", type=Path, nargs="+", help="of these run folders instead of runs.csv (with --plot-only), or runs/gap (--study segmentation)")
     args = parser.parse_args()
     if args.jobs is None:
-        args.jobs = torch.cuda.device_count() or os.cpu_count() or 1
-    if args.jobs < 1:
-        raise run.InputError(f"--jobs is at least 1, not {args.jobs}")
+        args.jobs = max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // max(1, args.nproc))
+    if min(args.jobs, args.nproc) < 1:
+        raise run.InputError(f"--jobs and --nproc are at least 1, not {args.jobs} and {args.nproc}")
     if args.runs and not args.plot_only and args.study != "segmentation":
         raise run.InputError("--runs goes with --plot-only")
     if args.study == "span" and args.context % max(fragility.SPANS):

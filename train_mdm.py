@@ -23,6 +23,7 @@ import data
 import run
 from model import (Config, Transformer, flops_per_token, load_checkpoint, make_optimizer, nats, nearest_width, pick_device,
                    save_checkpoint, seconds_per_call)
+from parallel import Team
 
 OBJECTIVE = "mdm"
 
@@ -96,7 +97,6 @@ DEFAULT_FLOPS = {"cpu": 3e12, "mps": 1e14, "cuda": 1e16}     # a minute or two
 # Tuned at width 32 and 1e12 FLOPs by `python scaling.py --study tune`; the rate serves all widths, batches grow as C^0.3.
 LEARNING_RATE = {"byte": 0.0015, "bpe": 0.0015}
 BATCH = {"byte": 512, "bpe": 320}         # tokens at 1e12 FLOPs
-MICRO_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}    # tokens in memory at once; a larger batch is summed over several
 COMPILE_FROM = {"cpu": 1e13, "mps": math.inf, "cuda": 1e15}  # FLOPs from which a run is long enough to pay for compilation
 VAL_BYTES = 2**20            # of validation text that the final BPB is measured on (at most twice the tokens trained on)
 VAL_TIMES = 8                # validations in a run; those before the last read 1/16 of that text
@@ -158,8 +158,10 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = args.device
-    corpus = data.load(args.data, args.tokenizer, args.vocab)
+    team = Team(args.device)
+    device = team.device
+    with team.first():
+        corpus = data.load(args.data, args.tokenizer, args.vocab)
     tokenizer, context = corpus.tokenizer, corpus.tokens(args.context)
     config = Config(tokenizer.vocab_size, context, args.width or nearest_width(width_rule(args.flops)), causal=False)
     batch = max(1, round((args.batch or batch_rule(args.flops, args.tokenizer)) / context))                # windows
@@ -168,6 +170,7 @@ def main():
     if steps < 1:
         raise run.InputError(f"a budget of {args.flops:g} FLOPs is too small for one step of {step_flops:.3g}: "
                              "take more, or a smaller --width, --batch or --context")
+    team.share(batch, context)
     shuffle = corpus.shuffle_tokens(args.shuffle, context)
     train = data.Windows(corpus.train, context, shuffle)
     val = data.Windows(corpus.val, context, shuffle).spaced(max(16, min(VAL_BYTES // args.context, 2 * steps * batch)))
@@ -195,21 +198,23 @@ def main():
         state = saved["state"]
 
     # Compile where it pays, and measure the speed on a micro-batch, which trains nothing.
-    micro = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * context <= MICRO_TOKENS[device.type]))
-    trial = torch.from_numpy(train.batch(args.seed, 0, micro)).to(device)
+    net = team.wrap(model)
+    trial = torch.from_numpy(train.batch(args.seed, 0, min(batch, team.size * team.micro))).to(device)
     inputs, weights = corrupt(trial, tokenizer.vocab_size, noise(args.seed, 0), args.schedule, args.span)
     score = nats
     if args.compile == "on" or args.compile == "auto" and args.flops >= COMPILE_FROM[device.type]:
         print("compiling, and measuring the speed", flush=True)
         try:
             score = torch.compile(nats, dynamic=False)
-            (weights * score(model, inputs, trial)).sum().backward()
+            team.backward(score, net, inputs, weights, trial)
+        except run.InputError:
+            raise
         except Exception as error:                            # whatever a missing or broken compiler raises
             if args.compile == "on":
                 raise run.InputError(f"--compile on: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from None
             print(f"no compiler that works here ({type(error).__name__}): going on without", file=sys.stderr)
             score = nats
-    seconds = seconds_per_call(lambda: (weights * score(model, inputs, trial)).sum().backward(), device, calls=2)
+    seconds = seconds_per_call(lambda: team.backward(score, net, inputs, weights, trial), device, calls=2)
     optimizer.zero_grad()
     run.print_plan(settings, model, state["step"], flops_per_token(config) * trial.numel() / seconds, device, out)
 
@@ -221,11 +226,13 @@ def main():
         signal.signal(number, signal.SIG_DFL)
 
     handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    out.mkdir(parents=True, exist_ok=True)
+    if team.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
     log_steps = {math.ceil(steps * i / LOG_TIMES) for i in range(1, LOG_TIMES + 1)}
     val_steps = {math.ceil(steps * i / VAL_TIMES) for i in range(1, VAL_TIMES)}
     pending, saved_at, mark = [], time.monotonic(), time.perf_counter()
-    bar = tqdm(desc=out.name, total=steps, initial=state["step"], unit=" steps", mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = tqdm(desc=out.name, total=steps, initial=state["step"], unit=" steps", mininterval=0.5 if sys.stderr.isatty() else 30,
+               disable=team.rank > 0)
     with bar:
         for step in range(state["step"], steps):
             for group in optimizer.param_groups:
@@ -233,18 +240,14 @@ def main():
             windows = train.batch(args.seed, step, batch)                                      # (B, T)
             ids = torch.from_numpy(windows).to(device)
             inputs, weights = corrupt(ids, tokenizer.vocab_size, noise(args.seed, step), args.schedule, args.span)
-            loss_now = 0.0
-            for i in range(0, batch, micro):
-                part = slice(i, i + micro)
-                share = (weights[part] * score(model, inputs[part], ids[part])).sum() / ids.numel()
-                share.backward()
-                loss_now += share.detach()
+            loss_now = team.backward(score, net, inputs, weights, ids)
             norm = clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            loss_now, stopping = team.agree(loss_now, len(stop) > 0)          # asked once a step: a signal may come at any line
             pending.append((step, loss_now, norm, int(tokenizer.bytes_per_id[windows].sum())))
             bar.update()
-            done, stopping = step + 1, len(stop) > 0              # asked once a step: a signal may come at any line
+            done = step + 1
             save = done == steps or done in val_steps or stopping or time.monotonic() - saved_at > SAVE_SECONDS
             if not (save or done in log_steps):
                 continue
@@ -261,25 +264,30 @@ def main():
             state["step"] = done
             state["seconds"] += time.perf_counter() - mark
             if done in log_steps:
-                val_bpb = evaluate(model, val[::16], tokenizer.bytes_per_id, span=args.span)[0] if done in val_steps else None
+                val_bpb = evaluate(model, val[::16], tokenizer.bytes_per_id, span=args.span)[0] if done in val_steps and team.rank == 0 else None
                 train_bpb = state["row_nats"] / math.log(2) / state["row_bytes"]
                 state["rows"].append([done, done * step_flops, state["bytes"], train_bpb, val_bpb, args.lr * lr_schedule(step, steps),
                                       float(norm), state["seconds"]])
                 state["row_nats"], state["row_bytes"] = 0.0, 0
-                run.write_log(out, state["rows"])
+                if team.rank == 0:
+                    run.write_log(out, state["rows"])
                 bar.set_postfix_str(f"{train_bpb:.3f} BPB, {done * step_flops / state['seconds'] / 1e9:,.0f} GFLOP/s", refresh=False)
-            if save:
+            if save and team.rank == 0:
                 save_checkpoint(out / "checkpoint.pt", settings=settings, merges=corpus.meta["merges"], model=model.state_dict(),
                                 optimizer=optimizer.state_dict(), state=state)
-                saved_at = time.monotonic()
+            saved_at = time.monotonic() if save else saved_at
             if stopping and done < steps:
                 bar.close()
-                print(f"stopped and saved at step {done:,} of {steps:,}; the same command goes on from there", file=sys.stderr)
-                sys.exit(128 + stop[0])
+                if team.rank == 0:
+                    print(f"stopped and saved at step {done:,} of {steps:,}; the same command goes on from there", file=sys.stderr)
+                sys.exit(128 + (stop or [signal.SIGTERM])[0])
             mark = time.perf_counter()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
+    team.leave()
+    if team.rank > 0:
+        return
     bpb, stderr = evaluate(model, val, tokenizer.bytes_per_id, span=args.span)
     state["rows"][-1][4] = bpb
     run.write_log(out, state["rows"])

@@ -122,7 +122,7 @@ def test_shuffle_and_span(workplace):
 def test_a_large_batch_is_the_sum_of_its_parts(workplace):
     """The same training with a batch read at once and in micro-batches of one window."""
     for name, tokens in (("whole", 8192), ("parts", 64)):
-        code = f"import train_mdm; train_mdm.MICRO_TOKENS['cpu'] = {tokens}; train_mdm.main()"
+        code = f"import parallel, train_mdm; parallel.MICRO_TOKENS['cpu'] = {tokens}; train_mdm.main()"
         done = subprocess.run([sys.executable, "-c", code, *map(str, SMALL), "--flops", "2e9", "--out", name], cwd=workplace,
                               env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

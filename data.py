@@ -16,6 +16,7 @@ import functools
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import download
 from bpe import Tokenizer, check_vocab, train_bpe
 from run import InputError, run_script, usage_error
 
@@ -48,6 +50,8 @@ def sources(data):
         files = [file for root in (Path(sysconfig.get_path("stdlib")), *packages) for file in sorted(root.rglob("*.py"))
                  if not {"site-packages", "dist-packages"} & set(file.relative_to(root).parts)]
         return "pysrc", files, True
+    if files := download.files(data, CACHE / "downloads"):
+        return data.replace(":", "-"), files, False
     path = Path(data)
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*"))
@@ -57,31 +61,62 @@ def sources(data):
     elif path.exists():
         files = [path]
     else:
-        raise InputError(f"unknown corpus {data!r}: neither 'pysrc' nor a file or folder here")
+        raise InputError(f"unknown corpus {data!r}: neither pysrc, {', '.join(download.BASES)}, nor a file or folder here")
     name = path.resolve().name.split(".")[0] or "corpus"
     return re.sub(r"[^\w-]", "_", name), files, path.is_dir()
 
 
+def zstd():
+    """Python's own module for .zst, from 3.14, or the package."""
+    try:
+        from compression import zstd
+        return zstd
+    except ImportError:
+        try:
+            import zstandard
+            return zstandard
+        except ImportError:
+            return None
+
+
+def zstd_errors():
+    return [getattr(zstd(), name) for name in ("ZstdError",) if hasattr(zstd(), name)]
+
+
+def open_any(file):
+    """Open a file for reading bytes, unpacked as they are read."""
+    if file.suffix == ".gz":
+        return gzip.open(file)
+    if file.suffix == ".zst":
+        if zstd() is None:
+            raise InputError(f"{file.name} needs Python 3.14 or a package: pip install zstandard")
+        return io.BufferedReader(zstd().open(file, "rb"))
+    return open(file, "rb")
+
+
 def documents(files, whole):
-    """Yield the documents of files as bytes, in bounded memory; .gz is opened, and .jsonl has one in the "text" of each line.
+    """Yield the documents of files as bytes, in bounded memory; .gz and .zst are opened, and .jsonl (or .json.gz) has one in the "text"
+    of each line.
 
     whole: each file is a document (above 8 MiB, it is cut); otherwise files are cut into pieces of PIECE bytes.
     """
     for file in files:
-        name = file.name.removesuffix(".gz")
+        name = file.name.removesuffix(".gz").removesuffix(".zst")
         piece = 2**23 if whole else min(PIECE, max(1024, file.stat().st_size // 64))
         line = 0
         try:
-            with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-                if name.endswith(".jsonl"):
+            with open_any(file) as stream:
+                if name.endswith(".jsonl") or name.endswith(".json") and name != file.name:
                     for line, row in enumerate(stream, 1):
                         if row.strip() and (text := json.loads(row)["text"].encode("utf-8", "surrogatepass")):
                             yield text
                 else:
                     while text := stream.read(piece):
                         yield text if len(text) < piece else text + stream.readline(piece)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise InputError(f"{file} is damaged: {error}") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error, *zstd_errors()) as error:
+            if fetched := CACHE / "downloads" in file.parents:
+                file.unlink()
+            raise InputError(f"{file} is damaged: {error}" + ("; deleted, the same command fetches it again" if fetched else "")) from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
             raise InputError(f"{file}, line {line}: not a JSON object with a \"text\" string") from None
 
@@ -298,7 +333,7 @@ def bench(data, vocab_size):
 
 def main():
     parser = argparse.ArgumentParser(description="Prepare a corpus and show how both tokenizers cut it.")
-    parser.add_argument("--data", default="pysrc", help="pysrc, or a file or folder")
+    parser.add_argument("--data", default="pysrc", help="pysrc, enwik8, enwik9, c4:SHARDS, slimpajama:SHARDS, or a file or folder")
     parser.add_argument("--vocab", type=int, default=4096, help="tokens in the BPE vocabulary")
     parser.add_argument("--bench", action="store_true", help="measure the speed of the BPE and of the batches")
     parser.error = usage_error

@@ -61,6 +61,12 @@ def flops_per_token(config):
     return 3 * (2 * weights + 4 * config.depth * config.width * config.context)
 
 
+def flops_per_byte(width, tokenizer, vocab_size, context_bytes):
+    """About the training FLOPs per byte of text, before the text is at hand: at four bytes a BPE token."""
+    each = 4 if tokenizer == "bpe" else 1
+    return flops_per_token(Config(vocab_size if tokenizer == "bpe" else 256, max(1, context_bytes // each), width)) / each
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), each branch scaled by 2 / depth."""
 

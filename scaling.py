@@ -33,7 +33,8 @@ import segmentation
 import train_ar
 import train_mdm
 from fits import CELLS, analyse, fit_law                      # fit_law: others import it from here
-from model import Config
+from download import with_shards
+from model import Config, flops_per_byte
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = {"cpu": (5e10, 2e11, 6e11), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
@@ -234,7 +235,7 @@ def parse_args():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, help="runs side by side (default: one a core, or all GPUs)")
     parser.add_argument("--nproc", type=int, default=1, help="processes of each run, by torchrun: one a GPU (1)")
-    parser.add_argument("--data", default="pysrc", help="pysrc (default), or a file or folder")
+    parser.add_argument("--data", default="pysrc", help="pysrc (default), enwik8, enwik9, c4, slimpajama, or a file or folder")
     parser.add_argument("--vocab", type=int, default=4096, help="tokens in the BPE vocabulary (4096)")
     parser.add_argument("--context", type=int, default=512, help="bytes of text in a window (512)")
     parser.add_argument("--out", type=Path, help="folder of runs.csv and the figures (default: results)")
@@ -311,6 +312,9 @@ def main():
     else:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         args.budgets = {"tune": [1e12]}.get(args.study) or args.budgets or (BUDGETS[device] if args.study == "gap" else [WHY_BUDGET[device]])
+        need = max(flops / flops_per_byte(min(args.widths or bracket(cell, flops)), cell[1], args.vocab, args.context)
+                   for flops in args.budgets for cell in CELLS)
+        args.data = with_shards(args.data, need)              # the same for all runs
         corpora = {tokenizer: data.load(args.data, tokenizer, args.vocab) for tokenizer in ("byte", "bpe")}
         out = home(args, corpora)
         path = out / TABLE[args.study]

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import data
 import run
-from model import (Config, Transformer, flops_per_token, load_checkpoint, make_optimizer, nats, nearest_width, pick_device,
+from download import with_shards
+from model import (Config, Transformer, flops_per_byte, flops_per_token, load_checkpoint, make_optimizer, nats, nearest_width, pick_device,
                    save_checkpoint, seconds_per_call)
 from parallel import Team
 
@@ -128,7 +129,7 @@ def parse_args():
     parser.add_argument("--vocab", type=int, default=4096, help="tokens in the BPE vocabulary (4096)")
     parser.add_argument("--width", type=int, help="model width (default: near compute-optimal for the budget)")
     parser.add_argument("--context", type=int, default=512, help="bytes of text in a window (512)")
-    parser.add_argument("--data", default="pysrc", help="pysrc (default), or a file or folder")
+    parser.add_argument("--data", default="pysrc", help="pysrc (default), enwik8, enwik9, c4, slimpajama, or a file or folder")
     parser.add_argument("--batch", type=int, help="tokens in a batch (default: by the budget)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the tuned one)")
     parser.add_argument("--seed", type=int, default=0)
@@ -160,10 +161,12 @@ def main():
     args = parse_args()
     team = Team(args.device)
     device = team.device
+    width = args.width or nearest_width(width_rule(args.flops))
     with team.first():
-        corpus = data.load(args.data, args.tokenizer, args.vocab)
+        need = args.flops / flops_per_byte(width, args.tokenizer, args.vocab, args.context)
+        corpus = data.load(with_shards(args.data, need), args.tokenizer, args.vocab)
     tokenizer, context = corpus.tokenizer, corpus.tokens(args.context)
-    config = Config(tokenizer.vocab_size, context, args.width or nearest_width(width_rule(args.flops)), causal=False)
+    config = Config(tokenizer.vocab_size, context, width, causal=False)
     batch = max(1, round((args.batch or batch_rule(args.flops, args.tokenizer)) / context))                # windows
     step_flops = flops_per_token(config) * batch * context
     steps = int(args.flops // step_flops)

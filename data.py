@@ -18,12 +18,16 @@ import hashlib
 import importlib.util
 import io
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import sysconfig
 import tempfile
 import time
 import zlib
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +41,7 @@ from run import InputError, run_script, usage_error
 CACHE = Path("data")
 VAL_FRACTION = 0.05        # of the bytes, by whole documents
 PIECE = 16 * 1024          # a lone file has no documents in it: it is cut into pieces of about this many bytes, at line ends
+MANY_CORES_FROM = 2**28    # bytes of text from which all cores encode
 BPE_SAMPLE = 32 * 2**20    # bytes of training text that the BPE vocabulary is learned from
 
 
@@ -158,14 +163,49 @@ def write_bpe(source, meta, vocab_size, folder):
         raise InputError(f"{meta['name']} is too small for a vocabulary of {vocab_size}: it yields {256 + len(merges)} tokens")
     tokenizer, tokens = Tokenizer(merges), {}
     for split in ("train", "val"):
-        with open(source / f"{split}.bin", "rb") as text, open(folder / f"{split}.bin", "wb") as out, \
+        with open(folder / f"{split}.bin", "wb") as out, \
                 tqdm(desc=f"encoding {split}", total=meta[f"{split}_bytes"], unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            for ids in tokenizer.encode_stream(text):
+            for ids in encode_file(tokenizer, source / f"{split}.bin"):
                 out.write(ids.tobytes())
                 bar.update(int(tokenizer.bytes_per_id[ids].sum()))
             tokens[split] = out.tell() // 2
     return meta | {"merges": [(left.hex(), right.hex()) for left, right in merges],
                    "bytes_per_token": meta["train_bytes"] / tokens["train"]}
+
+
+def encode_file(tokenizer, path):
+    """The ids of a file, piece by piece; by all cores, if it is large enough to pay for starting them."""
+    if path.stat().st_size < MANY_CORES_FROM:
+        with open(path, "rb") as text:
+            yield from tokenizer.encode_stream(text)
+        return
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=setattr,
+                             initargs=(encode_part, "tokenizer", tokenizer)) as pool:
+        waiting = deque()                                     # a bounded queue: the writer may be slower than the cores
+        for part in parts(path):
+            waiting.append(pool.submit(encode_part, path, *part))
+            if len(waiting) > 2 * (os.cpu_count() or 1):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def parts(path, size=2**24):
+    """Cut a file after zero bytes, which no token crosses, into parts of size bytes or more: yields (start, stop)."""
+    stream, start = np.memmap(path, dtype=np.uint8, mode="r"), 0
+    while start < len(stream):
+        stop = min(start + size, len(stream))
+        while stop < len(stream) and stream[stop - 1] != 0:
+            following = np.flatnonzero(stream[stop:stop + 2**16] == 0)
+            stop = stop + following[0] + 1 if len(following) else min(stop + 2**16, len(stream))
+        yield start, int(stop)
+        start = int(stop)
+
+
+def encode_part(path, start, stop):
+    with open(path, "rb") as file:
+        file.seek(start)
+        return encode_part.tokenizer.encode(file.read(stop - start))
 
 
 def read_meta(folder):

@@ -188,6 +188,19 @@ def test_two_processes_at_once_both_get_a_whole_cache(documents, tmp_path):
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["texts-bpe300", "texts-byte"]
 
 
+def test_many_cores_encode_as_one(tmp_path, monkeypatch, source_text):
+    text = (source_text[:50_000] + b"\0") * 3 + b"x" * 100_000 + b"\0\0" + source_text
+    (tmp_path / "text.bin").write_bytes(text)
+    cuts = list(data.parts(tmp_path / "text.bin", 40_000))
+    assert [a for a, _ in cuts] == [0] + [b for _, b in cuts][:-1] and cuts[-1][1] == len(text) and len(cuts) > 3
+    assert all(text[b - 1] == 0 for _, b in cuts[:-1])
+    tokenizer = bpe.Tokenizer(bpe.train_bpe(source_text, 300))
+    monkeypatch.setattr(data, "MANY_CORES_FROM", 0)
+    monkeypatch.setattr(data.parts, "__defaults__", (40_000,))
+    found = np.concatenate(list(data.encode_file(tokenizer, tmp_path / "text.bin")))
+    assert (found == tokenizer.encode(text)).all()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded(tmp_path, source_text):
     """Ten times the text takes no more memory to prepare, as bytes and as BPE. (2 GB stay under 1 GB.)"""

@@ -41,6 +41,13 @@ def write_atomic(path, write):
     """Call write(file) on a temporary file beside path, then rename: path holds the old content or the new, never half of it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    for stale in path.parent.glob(f".{path.name}.[0-9]*"):    # of a process that was killed as it wrote
+        try:
+            os.kill(int(stale.suffix[1:]), 0)
+        except (ProcessLookupError, ValueError):
+            stale.unlink(missing_ok=True)
+        except OSError:
+            pass                                              # it lives, and is another user's
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -101,7 +108,7 @@ def plot_logs(path, logs):
     for (label, rows), color in zip(logs.items(), itertools.cycle(COLORS)):
         flops, train, val = zip(*[[row[i] for i in columns] for row in rows])
         axes.plot(flops, train, color=color, linewidth=0.8, alpha=0.4)
-        axes.plot(*zip(*[(x, y) for x, y in zip(flops, val) if y is not None]), "o-", color=color, markersize=4, label=label)
+        axes.plot(*zip(*[(x, y) for x, y in zip(flops, val) if y is not None]), "o-", color=color, markersize=4, label=label or "run")
     axes.grid(alpha=0.3)
     axes.legend(title="validation (thin: training)")
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))

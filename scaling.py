@@ -253,8 +253,11 @@ def parse_args():
         raise run.InputError(f"--study span masks up to {max(fragility.SPANS)} bytes together, which do not divide a window of {args.context}")
     if args.study == "shuffle" and (odd := [block for block in fragility.BLOCKS if block < args.context and args.context % block]):
         raise run.InputError(f"--study shuffle permutes blocks of {odd[0]} bytes, which do not divide a window of {args.context}")
-    if any(not 0 < flops < math.inf for flops in args.budgets or ()):
-        raise run.InputError(f"--budgets are positive numbers, not {args.budgets}")
+    for name in ("budgets", "widths", "context"):
+        values = getattr(args, name) or ([] if name != "context" else [args.context])
+        if any(not 0 < value < math.inf for value in values):
+            raise run.InputError(f"--{name} takes positive numbers, not {' '.join(map(str, values))}")
+    data.check_vocab(args.vocab)
     return args
 
 

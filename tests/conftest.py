@@ -16,11 +16,15 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                                      # as the commands below, so that both add up in the same order
 
 
-@pytest.fixture(scope="session")
-def source_text():
+def library_text():
     """300 kB of the interpreter's own library."""
     library = Path(sysconfig.get_path("stdlib"))
     return b"".join((library / name).read_bytes() for name in ("argparse.py", "tarfile.py", "pydoc.py", "doctest.py"))[:300_000]
+
+
+@pytest.fixture(scope="session")
+def source_text():
+    return library_text()
 
 
 @pytest.fixture(scope="session")

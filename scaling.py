@@ -254,7 +254,7 @@ def parse_args():
     if args.study == "shuffle" and (odd := [block for block in fragility.BLOCKS if block < args.context and args.context % block]):
         raise run.InputError(f"--study shuffle permutes blocks of {odd[0]} bytes, which do not divide a window of {args.context}")
     for name in ("budgets", "widths", "context"):
-        values = getattr(args, name) or ([] if name != "context" else [args.context])
+        values = [args.context] if name == "context" else getattr(args, name) or ()
         if any(not 0 < value < math.inf for value in values):
             raise run.InputError(f"--{name} takes positive numbers, not {' '.join(map(str, values))}")
     data.check_vocab(args.vocab)

@@ -82,10 +82,11 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(config.width, 8 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
-    def forward(self, x, cos, sin, past=None):                            # (B, T, D), (T, 1, d / 2) twice
+    def forward(self, x, cos, sin, past=None):                            # (B, T, D), (T, 1, 1, d / 2) twice
         B, T, D = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(B, T, 3, self.heads, -1).unbind(2)          # (B, T, H, d)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))        # (B, H, T, d)
+        qkv = self.qkv(self.norm_attention(x)).view(B, T, 3, self.heads, -1)                        # (B, T, 3, H, d)
+        (q, k), v = rotate(qkv[:, :, :2], cos, sin).unbind(2), qkv[:, :, 2]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                           # (B, H, T, d)
         if past is not None:
             k, v = past.extend(self, k, v)                                                          # (B, H, past + T, d)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
@@ -95,7 +96,7 @@ class Block(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (arXiv 2104.09864): turn each pair (x_i, x_{i + d/2}) by its position's angle. (B, T, H, d)"""
+    """Rotary position embedding (arXiv 2104.09864): turn each pair (x_i, x_{i + d/2}) by its position's angle. (B, T, 2, H, d)"""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
@@ -111,8 +112,8 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         angles = torch.arange(config.context)[:, None] * 10000 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-        self.register_buffer("cos", angles.cos()[:, None], persistent=False)                        # (T, 1, d / 2)
-        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+        self.register_buffer("cos", angles.cos()[:, None, None], persistent=False)                  # (T, 1, 1, d / 2)
+        self.register_buffer("sin", angles.sin()[:, None, None], persistent=False)
         # Activations of order 1 at every width: matrices of variance 1 / fan-in. The output starts at zero: the first
         # predictions are uniform, 8 bits per byte.
         for name, weight in self.named_parameters():

@@ -32,14 +32,14 @@ def interventions(study, corpora, context):
 
 
 def summary(rows, key):
-    """Runs that differ in seed alone, as one: -> {(objective, tokenizer, row[key]): (DRAWS,) bits per byte}, the mean first, then
-    draws of it with its error: that of the validation text, and that of the seeds (pooled over all; none is known from one seed)."""
+    """Runs that differ in seed alone, as one: -> {(objective, tokenizer, row[key]): (1 + DRAWS,) bits per byte}, the mean first, then
+    draws of it with its error: that of the validation text, and that of the seeds (pooled over a cell; unknown from one seed)."""
     groups = {}
     for row in rows:
         groups.setdefault((row["objective"], row["tokenizer"], row[key]), []).append(row)
     spread = {}                                               # variance over seeds, of each cell
     for cell in CELLS:
-        own = [np.array([row["val_bpb"] for row in group]) for group, *_ in ((g,) for name, g in groups.items() if name[:2] == cell)]
+        own = [np.array([row["val_bpb"] for row in group]) for name, group in groups.items() if name[:2] == cell]
         freedom = sum(len(bpb) - 1 for bpb in own)
         spread[cell] = sum(((bpb - bpb.mean()) ** 2).sum() for bpb in own) / freedom if freedom else 0.0
     rng, found = np.random.default_rng(0), {}
@@ -51,7 +51,7 @@ def summary(rows, key):
 
 
 def bars(draws):
-    """Means and half-widths of 90% intervals, for errorbar(): [(DRAWS,)] -> (n,), (n,)"""
+    """Means and half-widths of 90% intervals, for errorbar(): n times (1 + DRAWS,) -> (n,), (n,)"""
     return [values[0] for values in draws], [1.645 * values[1:].std() for values in draws]
 
 
@@ -113,8 +113,8 @@ def show_span(rows, out):
     """Table, claims and results/span.png."""
     rows, flops = one_budget(rows, "span")
     own = summary(rows, "span")
-    single = summary([row | {"val_bpb": row["val_bpb_span1"], "val_bpb_span1": None, "val_bpb_stderr": row["val_bpb_span1_stderr"]}
-                      if row["val_bpb_span1"] is not None else row for row in rows], "span")
+    single = summary([row if row["val_bpb_span1"] is None else
+                      row | {"val_bpb": row["val_bpb_span1"], "val_bpb_stderr": row["val_bpb_span1_stderr"]} for row in rows], "span")
     spans = sorted(name[2] for name in own if name[1] == "byte")
     plain, bpe = own.get(("mdm", "byte", 1)), own.get(("mdm", "bpe", 1))
     if plain is None or bpe is None:

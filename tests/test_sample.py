@@ -1,8 +1,12 @@
 """sample.py: the cache against none, samplers against exact distributions, the commands on models trained on real text."""
+import contextlib
 import itertools
 import math
+import os
+import pty
 import re
 import shutil
+import subprocess
 import sys
 import types
 
@@ -13,7 +17,7 @@ import torch
 import model
 import sample
 import train_ar
-from conftest import assert_one_line, execute, here
+from conftest import assert_one_line, command, environment, execute, here
 from test_model import lively
 
 
@@ -235,6 +239,21 @@ def test_infilling_keeps_every_given_byte(call, kind):
     assert call("runs/mdm-byte", "--infill", "a___b", "--gap", 9).rstrip("\n").startswith("a")
     if kind == "mdm-byte":
         assert len(call("runs/mdm-byte", "--infill", "a___b", "--gap", 9, "--steps", 1).rstrip("\n").encode("utf-8", "replace")) >= 11
+
+
+def test_watch_redraws_a_terminal(trained):
+    """On a terminal the text resolves in place; elsewhere only its end is written."""
+    master, slave = pty.openpty()
+    running = subprocess.Popen(command("sample.py", "runs/mdm-byte", "--watch", "--steps", 4), cwd=trained, env=environment(), stdout=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):                        # the terminal is gone when the command has ended
+        while block := os.read(master, 2**16):
+            shown += block
+    assert running.wait() == 0
+    frames = shown.decode("utf-8", "replace").split("\x1b[H\x1b[2J")[1:]
+    masks = [frame.count("\u2591") for frame in frames]
+    assert masks == [48, 32, 16, 0]
 
 
 def test_inspect(trained, call, monkeypatch):

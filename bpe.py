@@ -180,6 +180,18 @@ class Tokenizer:
             return np.frombuffer(text, dtype=np.uint8)
         return np.concatenate([np.zeros(0, np.uint16), *self.encode_stream(io.BytesIO(text))])
 
+    @classmethod
+    def from_hex(cls, merges):
+        """Of the merges as meta.json and checkpoints have them: pairs of hexadecimal strings."""
+        return cls([(bytes.fromhex(left), bytes.fromhex(right)) for left, right in merges])
+
+    def starts(self, ids):
+        """Where in the bytes that ids spell a token starts: (N,) -> (bytes,) bool"""
+        lengths = self.bytes_per_id[ids]
+        starts = np.zeros(lengths.sum(), dtype=bool)
+        starts[lengths.cumsum() - lengths] = True
+        return starts
+
     def decode(self, ids):
         """(N,) ids in [0, vocab_size) -> bytes."""
         return b"".join([self.tokens[i] for i in ids])

@@ -84,10 +84,6 @@ def zstd():
             return None
 
 
-def zstd_errors():
-    return [getattr(zstd(), name) for name in ("ZstdError",) if hasattr(zstd(), name)]
-
-
 def open_any(file):
     """Open a file for reading bytes, unpacked as they are read."""
     if file.suffix == ".gz":
@@ -118,7 +114,7 @@ def documents(files, whole):
                 else:
                     while text := stream.read(piece):
                         yield text if len(text) < piece else text + stream.readline(piece)
-        except (gzip.BadGzipFile, EOFError, zlib.error, *zstd_errors()) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error, getattr(zstd(), "ZstdError", EOFError)) as error:
             if fetched := CACHE / "downloads" in file.parents:
                 file.unlink()
             raise InputError(f"{file} is damaged: {error}" + ("; deleted, the same command fetches it again" if fetched else "")) from None
@@ -271,16 +267,20 @@ class Corpus:
         """The length in tokens of the blocks of shuffle_bytes bytes that are permuted. For BPE: the nearest that divides context."""
         if self.tokenizer.vocab_size == 256:
             return shuffle_bytes
-        divisors = [n for n in range(1, context + 1) if context % n == 0]
-        return min(divisors, key=lambda n: abs(n - shuffle_bytes / self.meta["bytes_per_token"]))
+        return nearest_divisor(context, shuffle_bytes / self.meta["bytes_per_token"])
+
+
+def nearest_divisor(context, number):
+    """Of the whole numbers that divide context, the one nearest to number."""
+    return min((n for n in range(1, context + 1) if context % n == 0), key=lambda n: abs(n - number))
 
 
 def load(data="pysrc", tokenizer="byte", vocab_size=4096):
     """Prepare a corpus if need be and open it. tokenizer: "byte" or "bpe" (of vocab_size tokens). -> Corpus"""
     folder, meta = prepare(data, vocab_size if tokenizer == "bpe" else None)
-    merges = [(bytes.fromhex(left), bytes.fromhex(right)) for left, right in meta["merges"]]
-    train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16 if merges else np.uint8, mode="r") for split in ("train", "val"))
-    return Corpus(meta["name"], meta, Tokenizer(merges), train, val)
+    dtype = np.uint16 if meta["merges"] else np.uint8
+    train, val = (np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") for split in ("train", "val"))
+    return Corpus(meta["name"], meta, Tokenizer.from_hex(meta["merges"]), train, val)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import re
 import urllib.error
 import urllib.request
 import zipfile
-from pathlib import Path
 
 from tqdm import tqdm
 

@@ -120,7 +120,7 @@ def plot_isoflops(path, found):
 
 def plot_frontier(path, found):
     def paint(axes):
-        ax, C, (low, high) = axes[0, 0], found["C"], found["budgets"][[0, -1]]
+        ax, C, high = axes[0, 0], found["C"], found["budgets"][-1]
         for cell in filter(found.get, CELLS):
             lines, color = found[cell]["frontier"], COLOR[cell]
             for part, style in ((C <= high, "-"), ((C >= high) & (C <= 100 * high), "--")):

@@ -8,6 +8,7 @@ Shuffling by one fixed permutation is a bijection: the text keeps its informatio
 import numpy as np
 
 import run
+from data import nearest_divisor
 from fits import CELLS
 from figures import COLOR, draw, interval, power
 
@@ -69,7 +70,7 @@ def show_shuffle(rows, out):
     """Table, claims and results/shuffle.png."""
     rows, flops = one_budget(rows, "shuffle")
     found = summary(rows, "shuffle")
-    tokens = {(row["tokenizer"], row["shuffle"]): row for row in rows}
+    lengths = {(row["tokenizer"], row["shuffle"]): block_bytes(row) for row in rows}
     blocks = sorted({name[2] for name in found})
     print(f"\n| bytes in a block | {' | '.join(CELLS.values())} |\n|---|{'---|' * len(CELLS)}")
     for block in blocks:
@@ -91,7 +92,7 @@ def show_shuffle(rows, out):
         ax = axes[0, 0]
         for cell, title in CELLS.items():
             own = [name for name in found if name[:2] == cell]
-            x = [block_bytes(tokens[name[1], name[2]]) for name in own]
+            x = [lengths[name[1:]] for name in own]
             mean, error = bars([found[name] for name in own])
             ax.errorbar(x, mean, error, fmt="s--" if cell[1] == "bpe" else "o-", color=COLOR[cell], markersize=5, capsize=2, label=title)
         ax.set(xlabel="bytes of text in a block whose order is permuted (1: plain)", ylabel="bits per byte",
@@ -105,8 +106,8 @@ def block_bytes(row):
     """The bytes of text in a block: for BPE, whole tokens that divide the window, at this corpus's bytes per token."""
     if row["tokenizer"] == "byte" or row["shuffle"] == 1:
         return row["shuffle"]
-    length, count = row["bytes"] / row["tokens"], row["context_tokens"]
-    return length * min((n for n in range(1, count + 1) if count % n == 0), key=lambda n: abs(n - row["shuffle"] / length))
+    length = row["bytes"] / row["tokens"]
+    return length * nearest_divisor(row["context_tokens"], row["shuffle"] / length)
 
 
 def show_span(rows, out):

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from bpe import Tokenizer
 from run import InputError, run_script, usage_error, write_atomic
 
 
@@ -201,7 +202,7 @@ def load_checkpoint(path):
 
 
 def load_model(folder, device="cpu"):
-    """The model of a run folder, the settings of the run, and the BPE merges of its tokenizer (none: bytes). Raises InputError."""
+    """The model of a run folder, the settings of the run, and its tokenizer. Raises InputError."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         raise InputError(f"there is no {path}")
@@ -209,7 +210,7 @@ def load_model(folder, device="cpu"):
     settings = state["settings"]
     model = Transformer(Config(settings["vocab_size"], settings["context_tokens"], settings["width"], causal=settings["objective"] == "ar"))
     model.load_state_dict(state["model"])
-    return model.to(device).eval(), settings, [(bytes.fromhex(left), bytes.fromhex(right)) for left, right in state["merges"]]
+    return model.to(device).eval(), settings, Tokenizer.from_hex(state["merges"])
 
 
 def pick_device(name):

@@ -92,6 +92,16 @@ def write_result(out, result):
     write_atomic(out / "result.json", lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
 
 
+def write_table(path, rows, columns):
+    """rows: dicts -> a .csv with these columns"""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+
+
 def write_log(out, rows):
     """rows: lists in the order of LOG_COLUMNS, None where nothing was measured -> log.csv"""
     text = io.StringIO()

@@ -143,11 +143,9 @@ def surprise(model, objective, ids, reads=READS):
 
 
 def spread(tokenizer, ids, bits):
-    """Bits of tokens (n,) as bits of their bytes, in equal parts: -> (bytes,), and whether a token starts there (bytes,)"""
+    """Bits of tokens (n,) as bits of their bytes, in equal parts: -> (bytes,)"""
     lengths = tokenizer.bytes_per_id[ids]
-    starts = np.zeros(lengths.sum(), dtype=bool)
-    starts[lengths.cumsum() - lengths] = True
-    return np.repeat(bits / lengths, lengths), starts
+    return np.repeat(bits / lengths, lengths)
 
 
 def printable(text):
@@ -228,8 +226,8 @@ class Model:
             raise run.InputError(f"there is no run folder {folder}")
         if run.read_result(folder, {}) is None:
             raise run.InputError(f"{folder} holds no finished run: its training command, given again, goes on with it")
-        self.net, self.settings, merges = load_model(folder, device)
-        self.folder, self.tokenizer, self.objective, self.device = folder, Tokenizer(merges), self.settings["objective"], device
+        self.net, self.settings, self.tokenizer = load_model(folder, device)
+        self.folder, self.objective, self.device = folder, self.settings["objective"], device
         if self.settings["shuffle"] > 1:
             raise run.InputError(f"{folder} was trained on shuffled text (--shuffle {self.settings['shuffle']}) and can write nothing else")
         self.title = f"{self.objective.upper()} on {self.settings['tokenizer']}"
@@ -241,7 +239,7 @@ class Model:
         """Ids to text, MASK to a shaded box."""
         spare = self.net.config.vocab_size
         return "".join(mask * len(part) if hidden else self.tokenizer.decode(part).decode("utf-8", "replace")
-                       for hidden, part in ((hidden, list(part)) for hidden, part in itertools.groupby(ids.tolist(), key=lambda i: i == spare)))
+                       for hidden, group in itertools.groupby(ids.tolist(), key=lambda i: i == spare) for part in [list(group)])
 
     def cuts(self, raw):
         """Where BPE tokens start in bytes: by this model's own BPE, or by one in the data folder that was made from the same text."""
@@ -250,12 +248,11 @@ class Model:
             for path in sorted(Path("data").glob("*-bpe*/meta.json"), key=lambda path: not path.parent.name.endswith("bpe4096")):
                 meta = json.loads(path.read_text())
                 if meta["sha256"] == self.settings["corpus"]["sha256"]:
-                    tokenizer = Tokenizer([(bytes.fromhex(left), bytes.fromhex(right)) for left, right in meta["merges"]])
+                    tokenizer = Tokenizer.from_hex(meta["merges"])
                     break
             else:
                 return np.zeros(len(raw), dtype=bool)
-        ids = tokenizer.encode(raw)
-        return spread(tokenizer, ids, np.zeros(len(ids)))[1]
+        return tokenizer.starts(tokenizer.encode(raw))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,12 +262,11 @@ def raw_text(text):
     return text.replace("\\n", "\n").replace("\\t", "\t").encode("utf-8", "surrogateescape")
 
 
-def write(model, args, generator):
+def write(model, args, how):
     """Write from a prompt, as it comes (one sample of AR), step by step (--watch), or all at the end."""
     prompt = model.encode(raw_text(args.prompt)).expand(args.samples, -1)
     T, n = model.net.config.context, prompt.size(1)
     length = args.length or (T - n if n < T else T // 2)
-    how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
     if model.objective == "ar":
         decoder, rows = codecs.getincrementaldecoder("utf-8")("replace"), [prompt]
         stream = args.samples == 1
@@ -305,7 +301,7 @@ def watch(model, texts, args, steps):
         time.sleep(WATCH_SECONDS / steps)
 
 
-def infill(model, args, generator):
+def infill(model, args, how):
     """Fill the gaps of a text; what is given stays."""
     if model.objective == "ar":
         raise run.InputError(f"{model.folder} is an AR model, which writes from left to right alone: --infill needs an MDM run")
@@ -322,7 +318,6 @@ def infill(model, args, generator):
         raise run.InputError(f"--infill is {len(ids)} tokens long with its gaps, and a window holds {T}")
     masked = F.pad(ids == spare, (0, T - len(ids)))           # what lies beyond the text is masked in the window, and stays so
     window = F.pad(ids, (0, T - len(ids)), value=spare).expand(args.samples, -1)
-    how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
     steps = args.steps or int(masked.sum())
     order = "random" if args.order == "blocks" else args.order
     for filled in fill(model.net, window, masked, steps, order, args.order_temperature, **how):
@@ -336,7 +331,7 @@ def inspect(model, args):
     if not raw:
         raise run.InputError(f"{args.inspect} is empty")
     ids = model.encode(raw)
-    bits, _ = spread(model.tokenizer, ids.cpu().numpy(), surprise(model.net, model.objective, ids).cpu().numpy())
+    bits = spread(model.tokenizer, ids.cpu().numpy(), surprise(model.net, model.objective, ids).cpu().numpy())
     cuts = model.cuts(raw)
     print(shade(raw, bits, cuts, args.color == "on" or args.color == "auto" and sys.stdout.isatty()).rstrip("\n"))
     bound = "" if model.objective == "ar" else f" (a bound, by {READS} masks of each window)"
@@ -443,13 +438,13 @@ def main():
     if args.bench:
         return bench(args.run or Path("runs"), device)
     model = Model(args.run or finished(Path("runs"))[0][1], device)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": torch.Generator(device).manual_seed(args.seed)}
     if args.inspect:
         inspect(model, args)
     elif args.infill is not None:
-        infill(model, args, generator)
+        infill(model, args, how)
     else:
-        write(model, args, generator)
+        write(model, args, how)
 
 
 if __name__ == "__main__":

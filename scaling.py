@@ -11,7 +11,6 @@ computed from those rows (in fits.py; tables and figures are in figures.py).
 """
 import argparse
 import csv
-import io
 import math
 import os
 import shlex
@@ -137,12 +136,7 @@ def read_rows(path):
 
 
 def write_rows(path, rows):
-    text = io.StringIO()
-    table = csv.DictWriter(text, [*SETTINGS, *OUTCOME], lineterminator="\n")
-    table.writeheader()
-    table.writerows(sorted(rows, key=order))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run.write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+    run.write_table(path, sorted(rows, key=order), [*SETTINGS, *OUTCOME])
 
 
 def find(spec, rows):
@@ -291,8 +285,8 @@ def segment(args):
     out = args.out or Path("results")
     if not args.plot_only:
         readings, line = segmentation.study(args.runs or sorted(Path("runs/gap").glob("*")), args.data)
-        segmentation.write_table(out / "segmentation.csv", readings)
-        segmentation.write_table(out / "entropy.csv", line)
+        run.write_table(out / "segmentation.csv", readings, list(segmentation.COLUMNS))
+        run.write_table(out / "entropy.csv", line, list(line[0]) if line else ["byte"])
     segmentation.show(out)
 
 

@@ -9,9 +9,7 @@ AR predicts a byte from all before it. MDM is read twice: from left to right (al
 what AR sees), and with a random half of the window masked, as it is trained.
 """
 import csv
-import io
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,10 +40,7 @@ def auroc(scores, positive):
 
 def token_starts(corpus):
     """Where in the bytes of the validation text the tokens of a BPE corpus start: (bytes,) bool"""
-    lengths = corpus.tokenizer.bytes_per_id[corpus.val]
-    starts = np.zeros(lengths.sum(), dtype=bool)
-    starts[lengths.cumsum() - lengths] = True
-    return starts
+    return corpus.tokenizer.starts(corpus.val)
 
 
 def bits(logits):
@@ -150,7 +145,7 @@ def study(folders, source):
     ids, at = torch.from_numpy(windows), torch.from_numpy(places)
     for result, folder in runs:
         model, _, _ = load_model(folder)
-        models[result["objective"]] = model, result           # the last one stays: that of the largest budget
+        models[result["objective"]] = model                   # the last one stays: that of the largest budget
         for reading, read in ({"ar": read_ar} if result["objective"] == "ar" else {"left": read_left, "half": read_half}).items():
             scored.append((reading, read(model, ids, at).numpy(), result))
         print(f"read {folder}", flush=True)
@@ -165,7 +160,7 @@ def study(folders, source):
 
 
 def picture(models, ids, starts, vocab):
-    """A line of text of some forty to eighty bytes, late in a window, read by the models of the largest budgets: -> rows of entropy.csv,
+    """A line of text of some twenty to eighty bytes, not early in a window, read by the models of the largest budgets: -> rows of entropy.csv,
     [] if there is no such line."""
     for i, window in enumerate(ids):
         ends = np.flatnonzero(window.numpy() == 10)
@@ -173,19 +168,10 @@ def picture(models, ids, starts, vocab):
             if a > len(window) / 4 and 20 < b - a < 80 and window[a + 1:b].lt(127).all():
                 places = torch.arange(a + 1, b)[None]
                 curves = {name: read_ar(model, ids[i:i + 1], places) if name == "ar" else read_left(model, ids[i:i + 1], places)
-                          for name, (model, _) in models.items()}
-                return [{"byte": int(window[place]), "start": int(starts[i, place]), "vocab_size": vocab} | {name: float(curve[0, n]) for name, curve in curves.items()}
-                        for n, place in enumerate(range(a + 1, b))]
+                          for name, model in models.items()}
+                return [{"byte": int(window[place]), "start": int(starts[i, place]), "vocab_size": vocab}
+                        | {name: float(curve[0, n]) for name, curve in curves.items()} for n, place in enumerate(range(a + 1, b))]
     return []
-
-
-def write_table(path, rows):
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]) if rows else ["byte"], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run.write_atomic(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def show(out):

@@ -244,10 +244,11 @@ def main():
                 if team.rank == 0:
                     run.write_log(out, state["rows"])
                 bar.set_postfix_str(f"{train_bpb:.3f} BPB, {done * step_flops / state['seconds'] / 1e9:,.0f} GFLOP/s", refresh=False)
-            if save and team.rank == 0:
-                save_checkpoint(out / "checkpoint.pt", settings=settings, merges=corpus.meta["merges"], model=model.state_dict(),
-                                optimizer=optimizer.state_dict(), state=state)
-            saved_at = time.monotonic() if save else saved_at
+            if save:
+                if team.rank == 0:
+                    save_checkpoint(out / "checkpoint.pt", settings=settings, merges=corpus.meta["merges"], model=model.state_dict(),
+                                    optimizer=optimizer.state_dict(), state=state)
+                saved_at = time.monotonic()
             if stopping and done < steps:
                 bar.close()
                 if team.rank == 0:

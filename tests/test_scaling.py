@@ -1,6 +1,5 @@
 """scaling.py and fits.py: planted laws are recovered, with honest intervals; a real sweep is killed, finished, and never done twice."""
 import os
-import re
 import shutil
 import signal
 import subprocess

@@ -16,7 +16,6 @@ from conftest import ROOT, assert_one_line, command, environment, execute, here
 
 import data
 import model
-import run
 import train_ar
 import train_mdm
 

@@ -1,6 +1,7 @@
 """The one Transformer, its FLOPs, its optimizer, its checkpoints.
 
-    python model.py             # sizes, FLOPs per token, and training speed beside this machine's matmul peak
+    python model.py             # sizes, FLOPs per token, memory, and training speed beside this machine's matmul peak
+    python model.py --vocab 32768 --context 2048 --widths 576 768 1024 1344 1664 --timed 0      # the paper's range, on paper
 
 A standard decoder block (RMSNorm, RoPE, SwiGLU, no biases), causal or not; depth and heads follow from the width, as in
 SMDM (arXiv 2410.18514): width 576 has 9 layers and 48M non-embedding parameters. It is scaled so that the best learning
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bpe import Tokenizer
 from run import InputError, run_script, usage_error, write_atomic
@@ -45,6 +47,11 @@ class Config:
     def depth(self):
         return max(2, self.width // 64)
 
+    @property
+    def outputs(self):
+        """Columns of the output layer: the vocabulary, up to a multiple of 64, which is what tensor cores take."""
+        return 64 * -(-self.vocab_size // 64)
+
 
 def head_dim(width):
     """The dimension of a head. Four heads or more from width 64 up: with one or two, byte models lose 0.02 (AR) to 0.1 bits per byte (MDM)."""
@@ -58,8 +65,39 @@ def nearest_width(width):
 
 def flops_per_token(config):
     """Training FLOPs per token, forward and backward: 3 x (2 x weights in matrix products + 4 x depth x width x context)."""
-    weights = 16 * config.width**2 * config.depth + config.vocab_size * config.width
+    weights = 16 * config.width**2 * config.depth + config.outputs * config.width
     return 3 * (2 * weights + 4 * config.depth * config.width * config.context)
+
+
+MEMORY_SHARE = 0.9           # of a GPU's memory that we plan to fill
+
+
+def memory(config):
+    """Bytes that training takes in bf16 autocast: -> (at any batch, more for each window in memory at once).
+
+    At any batch: weights, gradients and AdamW's two moments in float32. For each window: what the forward pass keeps for the
+    backward, counted on fake tensors that take no memory, and the gradient of the logits. Compiled code keeps less.
+    """
+    kept = []
+    for windows in (1, 2):
+        with FakeTensorMode():
+            model, ids = Transformer(config), torch.zeros(windows, config.context, dtype=torch.long)
+            storages = {p.untyped_storage()._cdata: 0 for p in model.parameters()}
+
+            def keep(tensor):
+                storages.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes())
+                return tensor
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+                graph = nats(model, ids, ids)                 # held until all is counted, or its storages would be counted once
+            kept.append(sum(storages.values()))
+            del graph
+    window = kept[1] - kept[0] + 6 * config.outputs * config.context
+    return 16 * model.params() + kept[0] - (kept[1] - kept[0]), window
+
+
+def h100_hours(flops):
+    """Hours of one H100 at 40% of the 989 TFLOP/s of its data sheet (bf16, dense)."""
+    return flops / (0.4 * 989e12 * 3600)
 
 
 def flops_per_byte(width, tokenizer, vocab_size, context_bytes):
@@ -111,7 +149,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size + 1, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.width, config.outputs, bias=False)
         angles = torch.arange(config.context)[:, None] * 10000 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         self.register_buffer("cos", angles.cos()[:, None, None], persistent=False)                  # (T, 1, 1, d / 2)
         self.register_buffer("sin", angles.sin()[:, None, None], persistent=False)
@@ -130,7 +168,7 @@ class Transformer(nn.Module):
             x = block(x, self.cos[place], self.sin[place], past)
         if past is not None:
             past.length = place.stop
-        return self.head(self.norm(x))
+        return self.head(self.norm(x))[..., :self.config.vocab_size]
 
     def params(self, embedding=True):
         """The number of parameters, with or without the embedding and the output head."""
@@ -274,7 +312,7 @@ def training_speed(config, batch, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print sizes, FLOPs per token, and training speed beside the matmul peak.")
+    parser = argparse.ArgumentParser(description="Print sizes, FLOPs per token, memory, and training speed beside the matmul peak.")
     parser.error = usage_error
     parser.add_argument("--vocab", type=int, default=256)
     parser.add_argument("--context", type=int, default=512, help="tokens")
@@ -285,19 +323,24 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     print(f"{device}, {torch.get_num_threads()} threads, context {args.context}, vocabulary {args.vocab}, batches of {args.batch:,} tokens, "
-          "compiled; speeds in GFLOP/s and as a share of this machine's matmul peak, measured in turn")
+          "compiled; memory in bf16 autocast: at any batch, for each window, and how many fit; speeds in GFLOP/s and as a share of this "
+          "machine's matmul peak, measured in turn")
     print("".join(f"{title:>{w}}" for title, w in (("width", 6), ("depth", 6), ("heads", 6), ("parameters", 15), ("non-embedding", 15),
-                                                  ("FLOPs/token", 16), ("peak", 8), ("AR", 8), ("", 6), ("MDM", 8))))
+                                                  ("FLOPs/token", 16), ("GiB", 8), ("+ a window", 12), ("in 80 GB", 10),
+                                                  ("peak", 8), ("AR", 8), ("", 6), ("MDM", 8))))
     for i, width in enumerate(args.widths):
         config = Config(args.vocab, args.context, width)
         with torch.device("meta"):
             model = Transformer(config)
-        row = f"{width:>6}{config.depth:>6}{config.heads:>6}{model.params():>15,}{model.params(embedding=False):>15,}{flops_per_token(config):>16,}"
+        always, window = memory(config)
+        row = (f"{width:>6}{config.depth:>6}{config.heads:>6}{model.params():>15,}{model.params(embedding=False):>15,}{flops_per_token(config):>16,}"
+               f"{always / 2**30:>8.2f}{window / 2**30:>12.3f}{max(0, int((MEMORY_SHARE * 80e9 - always) / window)):>10,}")
         if i < args.timed:
             ar, mdm = (training_speed(Config(args.vocab, args.context, width, causal), args.batch, device) for causal in (True, False))
             peak = matmul_peak(device)
             row += f"{peak / 1e9:>8,.0f}{ar / 1e9:>8,.0f}{ar / peak:>6.0%}{mdm / 1e9:>8,.0f}{mdm / peak:>6.0%}"
         print(row, flush=True)
+    print("H100-hours at 40% of 989 TFLOP/s: " + ", ".join(f"{flops:.0e} FLOPs {h100_hours(flops):,.1f}" for flops in (1e18, 1e19, 1e20, 1e21)))
 
 
 if __name__ == "__main__":

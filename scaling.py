@@ -33,12 +33,12 @@ import train_ar
 import train_mdm
 from fits import CELLS, analyse, fit_law                      # fit_law: others import it from here
 from download import with_shards
-from model import Config, flops_per_byte
+from model import Config, flops_per_byte, h100_hours
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = {"cpu": (5e10, 2e11, 6e11), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
 WHY_BUDGET = {"cpu": 1e12, "mps": 3e13, "cuda": 1e17}         # of the studies shuffle and span
-LADDER = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1408, 2048)          # widths, N doubled or a bit more at each step
+LADDER = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1344, 1664, 2176)          # widths, N doubled or a bit more at each step
 TRAIN = {"ar": train_ar, "mdm": train_mdm}                    # their rules are ours: widths, and the tuned learning rates and batches
 TUNE_GRID = {("ar", "bpe"): ((0.006, 0.012, 0.024), (1024, 2048, 4096)), ("ar", "byte"): ((0.003, 0.006, 0.012), (512, 1024, 2048)),
              ("mdm", "bpe"): ((0.00075, 0.0015, 0.003), (160, 320, 512, 1024)), ("mdm", "byte"): ((0.00075, 0.0015, 0.003), (512, 1024, 2048))}
@@ -262,7 +262,7 @@ def home(args, corpora):
     meta = corpora["byte"].meta
     if any(row["sha256"] != meta["sha256"] for row in read_rows(Path("results") / TABLE[args.study])):
         aside = Path("results") / f"{meta['name']}-{meta['sha256'][:8]}"
-        print(f"results/{TABLE[args.study]} holds runs on other text than this {meta['name']}: ours go to {aside}")
+        print(f"results/{TABLE[args.study]} holds runs on other text than this {meta['name']}: ours go to {aside}", file=sys.stderr)
         return aside
     return Path("results")
 
@@ -311,8 +311,12 @@ def main():
         args.budgets = {"tune": [1e12]}.get(args.study) or args.budgets or (BUDGETS[device] if args.study == "gap" else [WHY_BUDGET[device]])
         need = max(flops / flops_per_byte(min(args.widths or bracket(cell, flops)), cell[1], args.vocab, args.context)
                    for flops in args.budgets for cell in CELLS)
-        args.data = with_shards(args.data, need)              # the same for all runs
-        corpora = {tokenizer: data.load(args.data, tokenizer, args.vocab) for tokenizer in ("byte", "bpe")}
+        # The same shards for all runs. A dry run reads one, to know how many tokens a window has.
+        sample, args.data = with_shards(args.data, 1), with_shards(args.data, need)
+        corpora = {tokenizer: data.load(sample if args.dry_run else args.data, tokenizer, args.vocab) for tokenizer in ("byte", "bpe")}
+        if args.dry_run and sample != args.data:
+            for corpus in corpora.values():
+                corpus.name = args.data.replace(":", "-")
         out = home(args, corpora)
         path = out / TABLE[args.study]
         plan, rows = PLAN[args.study](args, corpora), read_rows(path)
@@ -324,6 +328,8 @@ def main():
         if args.dry_run:
             for spec in missing:
                 print("python " + shlex.join(command(spec, args)))
+            flops = sum(spec["flops_budget"] for spec in missing)
+            print(f"{len(missing)} runs, {flops:.3g} FLOPs: {h100_hours(flops):,.2g} H100-hours at 40% utilisation", file=sys.stderr)
             return
         check_alike(rows + plan, path, args.study)
         print(f"{len(plan)} runs, {len(plan) - len(missing)} of them finished; {sum(spec['flops_budget'] for spec in missing):.2g} FLOPs to go, "

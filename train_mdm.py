@@ -173,7 +173,7 @@ def main():
     if steps < 1:
         raise run.InputError(f"a budget of {args.flops:g} FLOPs is too small for one step of {step_flops:.3g}: "
                              "take more, or a smaller --width, --batch or --context")
-    team.share(batch, context)
+    team.share(batch, config)
     shuffle = corpus.shuffle_tokens(args.shuffle, context)
     train = data.Windows(corpus.train, context, shuffle)
     val = data.Windows(corpus.val, context, shuffle).spaced(max(16, min(VAL_BYTES // args.context, 2 * steps * batch)))
@@ -201,15 +201,15 @@ def main():
         state = saved["state"]
 
     # Compile where it pays, and measure the speed on a micro-batch, which trains nothing.
-    net = team.wrap(model)
-    trial = torch.from_numpy(train.batch(args.seed, 0, min(batch, team.size * team.micro))).to(device)
+    team.wrap(model)
+    trial = torch.from_numpy(train.batch(args.seed, 0, min(batch, team.size * team.micro)))
     inputs, weights = corrupt(trial, tokenizer.vocab_size, noise(args.seed, 0), args.schedule, args.span)
     score = nats
     if args.compile == "on" or args.compile == "auto" and args.flops >= COMPILE_FROM[device.type]:
         print("compiling, and measuring the speed", flush=True)
         try:
             score = torch.compile(nats, dynamic=False)
-            team.backward(score, net, inputs, weights, trial)
+            team.backward(score, inputs, weights, trial)
         except run.InputError:
             raise
         except Exception as error:                            # whatever a missing or broken compiler raises
@@ -217,7 +217,7 @@ def main():
                 raise run.InputError(f"--compile on: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from None
             print(f"no compiler that works here ({type(error).__name__}): going on without", file=sys.stderr)
             score = nats
-    seconds = seconds_per_call(lambda: team.backward(score, net, inputs, weights, trial), device, calls=2)
+    seconds = seconds_per_call(lambda: team.backward(score, inputs, weights, trial), device, calls=2)
     optimizer.zero_grad()
     run.print_plan(settings, model, state["step"], flops_per_token(config) * trial.numel() / seconds, device, out)
 
@@ -233,7 +233,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
     log_steps = {math.ceil(steps * i / LOG_TIMES) for i in range(1, LOG_TIMES + 1)}
     val_steps = {math.ceil(steps * i / VAL_TIMES) for i in range(1, VAL_TIMES)}
-    pending, saved_at, mark = [], time.monotonic(), time.perf_counter()
+    shares, norms, saved_at, mark = [], [], time.monotonic(), time.perf_counter()
     bar = tqdm(desc=out.name, total=steps, initial=state["step"], unit=" steps", mininterval=0.5 if sys.stderr.isatty() else 30,
                disable=team.rank > 0)
     with bar:
@@ -241,36 +241,36 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * lr_schedule(step, steps) * group["scale"]
             windows = train.batch(args.seed, step, batch)                                      # (B, T)
-            ids = torch.from_numpy(windows).to(device)
+            ids = torch.from_numpy(windows)
             inputs, weights = corrupt(ids, tokenizer.vocab_size, noise(args.seed, step), args.schedule, args.span)
-            loss_now = team.backward(score, net, inputs, weights, ids)
-            norm = clip_grad_norm_(model.parameters(), 1.0)
+            shares.append(team.backward(score, inputs, weights, ids))
+            norms.append(clip_grad_norm_(model.parameters(), 1.0))
             optimizer.step()
             optimizer.zero_grad()
-            loss_now, stopping = team.agree(loss_now, len(stop) > 0)          # asked once a step: a signal may come at any line
-            pending.append((step, loss_now, norm, int(tokenizer.bytes_per_id[windows].sum())))
+            state["row_bytes"] += int(tokenizer.bytes_per_id[windows].sum())
             bar.update()
             done = step + 1
-            save = done == steps or done in val_steps or stopping or time.monotonic() - saved_at > SAVE_SECONDS
+            stopping, due = team.agree(len(stop) > 0, time.monotonic() - saved_at > SAVE_SECONDS)      # a signal may come at any line
+            save = done == steps or done in val_steps or stopping or due
             if not (save or done in log_steps):
                 continue
 
             # Only now are the losses read, so that an accelerator need not wait for us at every step.
-            for at, value, norm, nbytes in pending:
-                if not math.isfinite(float(value) + float(norm)):
-                    sys.exit(f"error: at step {at} the loss is {float(value)} and the gradient norm {float(norm)}, at learning rate "
+            losses, norms = team.read(shares, norms)
+            for at, (loss_at, norm) in enumerate(zip(losses, norms), done - len(losses)):
+                if not math.isfinite(loss_at + norm):
+                    sys.exit(f"error: at step {at} the loss is {loss_at} and the gradient norm {norm}, at learning rate "
                              f"{args.lr * lr_schedule(at, steps):.3g}: stopped; the last good checkpoint in {out} is kept")
-                state["row_nats"] += float(value) * ids.numel()
-                state["row_bytes"] += nbytes
-                state["bytes"] += nbytes
-            pending = []
+                state["row_nats"] += loss_at * ids.numel()
             state["step"] = done
             state["seconds"] += time.perf_counter() - mark
+            shares, norms = [], []
             if done in log_steps:
                 val_bpb = evaluate(model, val[::16], tokenizer.bytes_per_id, span=args.span)[0] if done in val_steps and team.rank == 0 else None
                 train_bpb = state["row_nats"] / math.log(2) / state["row_bytes"]
+                state["bytes"] += state["row_bytes"]
                 state["rows"].append([done, done * step_flops, state["bytes"], train_bpb, val_bpb, args.lr * lr_schedule(step, steps),
-                                      float(norm), state["seconds"]])
+                                      norm, state["seconds"]])
                 state["row_nats"], state["row_bytes"] = 0.0, 0
                 if team.rank == 0:
                     run.write_log(out, state["rows"])

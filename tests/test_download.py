@@ -158,6 +158,16 @@ def test_only_as_many_shards_as_the_budget_reads(shards):
     assert json.loads(Path("run/result.json").read_text())["corpus"]["name"] == "c4-1"
 
 
+def test_a_dry_run_of_a_study_reads_one_shard(shards):
+    """Its commands name as many as the largest budget reads."""
+    server, _ = shards
+    done = here(Path.cwd(), "scaling.py", "--data", "c4", "--budgets", 1e13, 1e15, "--vocab", 300, "--dry-run")
+    assert done.returncode == 0 and len(server.asked) == 2, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 32 and all(line.startswith("python ") and " --data c4:3 " in line and line.endswith("-c4-3") for line in lines)
+    assert "32 runs, 1.62e+16 FLOPs: 0.011 H100-hours" in done.stderr
+
+
 def test_enwik_is_unpacked_and_checked(server, source_text, monkeypatch):
     def zipped(text):
         archive = io.BytesIO()

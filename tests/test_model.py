@@ -123,13 +123,29 @@ def test_one_graph_without_breaks():
         torch.testing.assert_close(whole(net, ids, ids), model.nats(net, ids, ids))
 
 
-def test_bf16_autocast_is_close_to_float32():
-    config = model.Config(width=64, context=64)
-    net, ids = lively(config), torch.randint(256, (4, 64))
-    exact = model.nats(net, ids, ids).mean()
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = torch.nn.functional.cross_entropy(net(ids).float().flatten(0, 1), ids.flatten())
-    assert abs(rough / exact - 1) < 0.01
+def test_outputs_are_padded_and_never_seen():
+    """A vocabulary of 300 takes 320 columns, of which 300 are logits; those beyond get no gradient. 256 and 4,096 are what they were."""
+    assert [model.Config(vocab_size=size).outputs for size in (1, 256, 257, 300, 4096, 32000)] == [64, 256, 320, 320, 4096, 32000]
+    net = lively(model.Config(300, 16, 32))
+    ids = torch.randint(300, (2, 16))
+    assert net(ids).shape == (2, 16, 300) and net.head.weight.shape == (320, 32)
+    model.nats(net, ids, ids).mean().backward()
+    assert (net.head.weight.grad[300:] == 0).all() and (net.head.weight.grad[:300] != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("shape", [dict(width=64), dict(width=128, vocab_size=300, causal=False)])
+def test_memory_is_what_real_tensors_take(shape):
+    """The fake tensors' count, against tensors of a real forward pass in bf16: all that the graph holds, the weights aside."""
+    config = model.Config(context=96, **shape)
+    net, ids = model.Transformer(config), torch.zeros(3, 96, dtype=torch.long)
+    kept = {p.untyped_storage().data_ptr(): 0 for p in net.parameters()}
+    pack = lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) and tensor
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (pack(tensor), tensor)[1], lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        graph = model.nats(net, ids, ids)
+    always, window = model.memory(config)
+    matrices = sum(p.numel() for p in net.parameters() if p.dim() == 2) - net.embedding.weight.numel()
+    assert graph.requires_grad and always + 3 * window == 16 * net.params() + sum(kept.values()) + 3 * 96 * 6 * config.outputs
+    assert always == pytest.approx(16 * net.params() + 2 * matrices, rel=0.05)
 
 
 def test_checkpoints_come_back_to_the_bit(tmp_path):

@@ -89,8 +89,9 @@ def test_what_does_not_fit_is_summed_over_smaller_pieces(fits, pieces):
     found = {}
     for windows in (8, fits):
         team = Team(torch.device("cpu"))
-        team.share(8, 32)
-        loss = team.backward(memory_for(windows), net, inputs, weights, ids)
+        team.wrap(net)
+        team.share(8, net.config)
+        loss = team.backward(memory_for(windows), inputs, weights, ids)
         found[windows] = [loss, *(p.grad.clone() for p in net.parameters())]
         net.zero_grad()
     assert team.micro == pieces
@@ -99,9 +100,10 @@ def test_what_does_not_fit_is_summed_over_smaller_pieces(fits, pieces):
 
 def test_one_window_that_does_not_fit():
     team, net, ids = Team(torch.device("cpu")), model.Transformer(model.Config(context=32, width=32)), torch.randint(256, (4, 32))
-    team.share(4, 32)
+    team.wrap(net)
+    team.share(4, net.config)
     with pytest.raises(InputError, match="do not fit"):
-        team.backward(memory_for(0), net, *train_ar.corrupt(ids, 256), ids)
+        team.backward(memory_for(0), *train_ar.corrupt(ids, 256), ids)
 
 
 def test_memory_runs_out_in_a_real_run(workplace, monkeypatch):

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import ROOT, assert_one_line, command, environment, execute, here
 
 import data
@@ -21,6 +22,7 @@ import train_mdm
 
 SMALL = ("--data", "text.txt", "--width", 32, "--context", 64, "--batch", 256, "--vocab", 300)
 OBJECTIVES = ["ar", "mdm"]
+SCRIPT = {"ar": train_ar, "mdm": train_mdm}
 RESULT_KEYS = {"objective", "tokenizer", "vocab_size", "flops_budget", "flops_spent", "width", "depth", "context_bytes", "context_tokens",
                "params", "params_non_embedding", "tokens", "bytes", "steps", "batch_tokens", "lr", "seed", "shuffle", "span", "schedule",
                "val_bpb", "val_bpb_stderr", "val_bytes", "corpus", "seconds", "flops_per_second", "device", "torch"}
@@ -260,12 +262,51 @@ def test_without_a_compiler_training_goes_on(workplace, tmp_path):
 
 
 def test_compiled_training_is_the_same_training(workplace):
-    """To rounding against eager, and to the bit against itself, on two threads."""
+    """To rounding against eager, and to the bit against itself, on two threads; in one graph, compiled once."""
     for out, mode in (("compiled", "on"), ("compiled-again", "on"), ("not-compiled", "off")):
-        done = train(workplace, "ar", out, "--flops", 2e9, "--compile", mode, how=execute, OMP_NUM_THREADS="2")
+        done = train(workplace, "ar", out, "--flops", 2e9, "--compile", mode, how=execute, OMP_NUM_THREADS="2", TORCH_LOGS="graph_breaks,recompiles")
         assert done.returncode == 0, done.stderr
+        assert not re.search("graph break|recompil", done.stderr, re.IGNORECASE), done.stderr
     assert same_bits(weights_of(workplace / "compiled"), weights_of(workplace / "compiled-again"))
     assert result_of(workplace / "compiled")["val_bpb"] == pytest.approx(result_of(workplace / "not-compiled")["val_bpb"], rel=1e-3)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the places where a number leaves a tensor, for which an accelerator would be waited for."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **options or {})
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_nothing_is_read_between_steps(workplace, monkeypatch, objective):
+    """With two rows in the log a run of 40 steps reads no more numbers than one of 20."""
+    monkeypatch.setattr(SCRIPT[objective], "LOG_TIMES", 2)
+    step, counts = model.flops_per_token(model.Config(context=64, width=32)) * 256, []
+    for steps in (20, 40):
+        with Reads() as reads:
+            done = train(workplace, objective, f"reads-{objective}-{steps}", "--flops", steps * step)
+        assert done.returncode == 0 and result_of(workplace / f"reads-{objective}-{steps}")["steps"] == steps
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bf16_trains_as_float32(workplace, monkeypatch, objective):
+    """Autocast as on CUDA: within 1% in bits per byte, all along the run."""
+    def autocast(net, inputs, targets):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.nats(net, inputs, targets)
+    exact = train(workplace, objective, f"float32-{objective}", "--flops", 1e10)
+    monkeypatch.setattr(SCRIPT[objective], "nats", autocast)
+    rough = train(workplace, objective, f"bf16-{objective}", "--flops", 1e10)
+    assert exact.returncode == rough.returncode == 0, rough.stderr
+    found = [[(float(row["train_bpb"]), float(row["val_bpb"] or 1)) for row in csv.DictReader(open(workplace / f"{name}-{objective}/log.csv"))]
+             for name in ("float32", "bf16")]
+    assert found[0] != found[1]
+    np.testing.assert_allclose(found[1], found[0], rtol=0.01)
 
 
 def test_a_budget_for_another_machine_is_called_so(workplace):

@@ -295,8 +295,8 @@ def matmul_peak(device):
     return 2 * n**3 / seconds_per_call(lambda: a @ a, device)
 
 
-def training_speed(config, batch, device):
-    """FLOP/s of compiled training steps (forward, backward, clipping, AdamW) on batches of batch tokens."""
+def training_step(config, batch, device):
+    """A compiled training step (forward, backward, clipping, AdamW) on a batch of batch tokens: -> (a function, the tokens in a batch)"""
     model = Transformer(config).to(device)
     optimizer = make_optimizer(model)
     torch.compiler.reset()                                                # or the second shape would be compiled for any shape
@@ -308,7 +308,13 @@ def training_speed(config, batch, device):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return flops_per_token(config) * ids.numel() / seconds_per_call(step, device)
+    return step, ids.numel()
+
+
+def training_speed(config, batch, device):
+    """FLOP/s of training steps."""
+    step, tokens = training_step(config, batch, device)
+    return flops_per_token(config) * tokens / seconds_per_call(step, device)
 
 
 def main():

@@ -16,6 +16,7 @@ import torch
 
 import model
 import sample
+import surprise
 import train_ar
 from conftest import assert_one_line, command, environment, execute, here
 from test_model import lively
@@ -146,9 +147,9 @@ def test_the_confident_come_first():
 def test_surprise_of_ar_is_the_likelihood():
     ar, ids = net(causal=True), torch.randint(11, (36,))
     bpb, _ = train_ar.evaluate(ar, ids.view(3, 12).numpy(), np.ones(11, dtype=int))
-    assert sample.surprise(ar, "ar", ids).mean().item() == pytest.approx(bpb, rel=1e-5)
-    short = sample.surprise(ar, "ar", ids[:29])               # a last window that is not full
-    assert len(short) == 29 and short[:24].sum() == pytest.approx(sample.surprise(ar, "ar", ids)[:24].sum())
+    assert surprise.token_bits(ar, "ar", ids).mean().item() == pytest.approx(bpb, rel=1e-5)
+    short = surprise.token_bits(ar, "ar", ids[:29])               # a last window that is not full
+    assert len(short) == 29 and short[:24].sum() == pytest.approx(surprise.token_bits(ar, "ar", ids)[:24].sum())
 
 
 @torch.no_grad()
@@ -162,15 +163,15 @@ def test_surprise_of_mdm_is_its_share_of_the_bound():
             inputs = ids.clone()
             inputs[places] = 11
             exact[places] += model.nats(mdm, inputs[None], ids[None])[0, places] / math.log(2) / k / len(sets)
-    found = sample.surprise(mdm, "mdm", ids, reads=5000)
+    found = surprise.token_bits(mdm, "mdm", ids, reads=5000)
     assert (found / exact - 1).abs().max() < 0.12 and found.sum().item() == pytest.approx(exact.sum().item(), rel=0.03)
 
 
 def test_bytes_and_characters():
     raw = "aé€😀".encode() + b"\xff\xe2\x82b"
-    found = list(sample.characters(raw))
+    found = list(surprise.characters(raw))
     assert "".join(c for c, _ in found) == "aé€😀\ufffd\ufffd\ufffdb" and [at.stop - at.start for _, at in found] == [1, 2, 3, 4, 1, 1, 1, 1]
-    assert sample.printable("a\x1b[2J\x00\n\t\x9b") == "a\u241b[2J\u2400\n\t\u2421"
+    assert surprise.printable("a\x1b[2J\x00\n\t\x9b") == "a\u241b[2J\u2400\n\t\u2421"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def test_the_newest_run_writes(trained):
 def test_prompts_of_all_kinds(call, kind):
     for prompt in ("", "x", "é" * 100, b"\xff\x00\x1b\x80".decode("utf-8", "surrogateescape") * 5, "long enough to fill two windows and more " * 6):
         text = call(f"runs/{kind}", "--prompt", prompt, "--length", 20, "--steps", 5)
-        shown = sample.printable(sample.raw_text(prompt).decode("utf-8", "replace"))
+        shown = surprise.printable(sample.raw_text(prompt).decode("utf-8", "replace"))
         assert text.startswith(shown[:-1]) and "\u2591" not in text and len(text) > len(shown)
     texts = call(f"runs/{kind}", "--samples", 3, "--length", 90, "--temperature", 0.7, "--top-k", 20, "--top-p", 0.9)
     assert texts.count("--- sample ") == 3

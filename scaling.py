@@ -259,10 +259,10 @@ def home(args, corpora):
     """Where runs.csv and the figures go: --out; or results, unless that holds runs on other text, which are not mixed with ours."""
     if args.out or corpora is None:
         return args.out or Path("results")
-    meta = corpora["byte"].meta
-    if any(row["sha256"] != meta["sha256"] for row in read_rows(Path("results") / TABLE[args.study])):
+    meta, ours = corpora["byte"].meta, Path("results") / TABLE["gap" if args.study == "segmentation" else args.study]
+    if any(row["sha256"] != meta["sha256"] for row in read_rows(ours)):
         aside = Path("results") / f"{meta['name']}-{meta['sha256'][:8]}"
-        print(f"results/{TABLE[args.study]} holds runs on other text than this {meta['name']}: ours go to {aside}", file=sys.stderr)
+        print(f"{ours} holds runs on other text than this {meta['name']}: ours go to {aside}", file=sys.stderr)
         return aside
     return Path("results")
 
@@ -282,7 +282,7 @@ SHOW = {"gap": show_gap, "tune": figures.report_tune, "shuffle": fragility.show_
 
 def segment(args):
     """--study segmentation: nothing is trained, finished runs are read."""
-    out = args.out or Path("results")
+    out = home(args, None if args.plot_only else {"byte": data.load(args.data)})
     if not args.plot_only:
         readings, line = segmentation.study(args.runs or sorted(Path("runs/gap").glob("*")), args.data)
         run.write_table(out / "segmentation.csv", readings, list(segmentation.COLUMNS))

@@ -98,6 +98,16 @@ def test_what_does_not_fit_is_summed_over_smaller_pieces(fits, pieces):
     torch.testing.assert_close(found[8], found[fits], rtol=1e-4, atol=1e-6)
 
 
+def test_the_pieces_are_chosen_to_fit_a_gpu(monkeypatch):
+    """80 GB: the small model reads all that MICRO_TOKENS allows; the one of 1.2B parameters reads fewer, and a batch in equal pieces."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
+    for width, pieces in ((576, 32), (1664, 4)):
+        team, config = Team(torch.device("cuda")), model.Config(32768, 2048, width)
+        team.share(128, config)
+        always, window = model.memory(config)
+        assert team.micro == pieces and always + pieces * window < 80e9
+
+
 def test_one_window_that_does_not_fit():
     team, net, ids = Team(torch.device("cpu")), model.Transformer(model.Config(context=32, width=32)), torch.randint(256, (4, 32))
     team.wrap(net)

@@ -329,7 +329,7 @@ def main():
             for spec in missing:
                 print("python " + shlex.join(command(spec, args)))
             flops = sum(spec["flops_budget"] for spec in missing)
-            print(f"{len(missing)} runs, {flops:.3g} FLOPs: {h100_hours(flops):,.2g} H100-hours at 40% utilisation", file=sys.stderr)
+            print(f"{len(missing)} runs, {flops:.3g} FLOPs: {h100_hours(flops):,.{0 if flops > 1e19 else 3}f} H100-hours at 40% utilisation", file=sys.stderr)
             return
         check_alike(rows + plan, path, args.study)
         print(f"{len(plan)} runs, {len(plan) - len(missing)} of them finished; {sum(spec['flops_budget'] for spec in missing):.2g} FLOPs to go, "

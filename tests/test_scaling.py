@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import figures
 import fits
 import scaling
-from conftest import assert_one_line, command, environment, execute, here
+from conftest import ROOT, assert_one_line, command, environment, execute, here
 from model import Config, flops_per_token
 from run import InputError
 
@@ -255,3 +256,14 @@ def test_other_text_goes_elsewhere_and_a_failed_run_does_not_stop_the_others(swe
     assert "hold" in done.stdout and done.returncode == 2 and done.stderr.count("failed: ") == 4 and "too small for one step" in done.stderr
     table, = (tmp_path / "results").glob("other-*/runs.csv")
     assert len(scaling.read_rows(table)) == 4 and len(scaling.read_rows(tmp_path / "results" / "runs.csv")) == 24
+
+
+@pytest.mark.parametrize("study", list(scaling.TABLE))
+def test_other_text_goes_aside(tmp_path, monkeypatch, study):
+    """The published tables stay what they are when someone studies another text in the same clone."""
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    sha = scaling.read_rows(Path("results/runs.csv"))[0]["sha256"]
+    for digest, folder in ((sha, "results"), ("ab" * 32, "results/notes-abababab")):
+        corpora = {"byte": types.SimpleNamespace(meta={"name": "notes", "sha256": digest})}
+        assert scaling.home(types.SimpleNamespace(study=study, out=None), corpora) == Path(folder)

@@ -2,19 +2,20 @@
 
     git clone https://github.com/karpathy/nanoGPT && python tests/peer.py nanoGPT       # a quarter of an hour on two cores
 
-Both train on bytes of pysrc, in float32 on a CPU (bf16 on CUDA), compiled, with the same batch and context and the same number of
-parameters: our blocks have 16 width^2 weights and nanoGPT's 12, so it gets 4/3 of our layers. Runs take turns, and what is compared is
-the median step. Then a profile of our steps, by kind of operation.
+Both train on bytes of pysrc, in float32 on the CPU, compiled, with the same batch and context and the same number of
+parameters: our blocks have 16 width^2 weights and nanoGPT's 12, so it gets 4/3 of our layers. Both are started, then one is frozen while
+the other trains, in turns, so that what else the machine does meets both. Then a profile of our steps, by kind of operation.
 """
 import argparse
 import csv
-import json
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,37 +25,68 @@ from conftest import ROOT
 import data
 import model
 
-CONTEXT, BATCH = 256, 4096                 # tokens
-WIDTHS = {192: 24, 384: 12, 576: 6}        # and how many steps are timed
+CONTEXT, BATCH, TURNS = 256, 2048, 8       # tokens, tokens, turns of each
+WIDTHS = {192: 4, 384: 9, 576: 24}        # and how many seconds a turn takes
 KINDS = {"matrix products": r"aten::(mm|addmm)$", "attention": "scaled_dot_product", "fused norms, SiLU, rotations, loss": "CompiledFxGraph|triton",
          "AdamW": "adam", "clipping": "norm|aten::(mul_|stack)"}
 
 
 
-def nanogpt(folder, width, steps, device):
-    """Its parameters (without positions) and median seconds a step, as it prints them."""
+def start_nanogpt(folder, width):
+    """-> (process, a function that reads the seconds of its steps so far)"""
     config = model.Config(256, CONTEXT, width)
-    layers, rest = divmod(4 * config.depth, 3)
-    assert rest == 0, "a width of which 4/3 of the depth is whole"
-    settings = dict(dataset="bytes", out_dir="out", device=device.type, dtype="bfloat16" if device.type == "cuda" else "float32", compile=True, n_layer=layers,
-                    n_head=config.heads, n_embd=width, block_size=CONTEXT, batch_size=BATCH // CONTEXT, gradient_accumulation_steps=1, max_iters=steps + 4,
-                    eval_iters=1, eval_interval=10**6, log_interval=1)
-    done = subprocess.run([sys.executable, "train.py", *(f"--{key}={value}" for key, value in settings.items())], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    times = [float(ms) / 1e3 for ms in re.findall(r"iter \d+: .*time ([\d.]+)ms", done.stdout)]
-    decayed, other = re.findall(r"with ([\d,]+) parameters", done.stdout)
-    return sum(int(number.replace(",", "")) for number in (decayed, other)), np.median(times[4:])
+    settings = dict(dataset="bytes", out_dir="out", device="cpu", dtype="float32", compile=True, n_layer=4 * config.depth // 3,
+                    n_head=config.heads, n_embd=width, block_size=CONTEXT, batch_size=BATCH // CONTEXT, gradient_accumulation_steps=1, eval_iters=1, eval_interval=10**6, log_interval=1)
+    output = folder / f"peer-{width}.txt"
+    process = subprocess.Popen([sys.executable, "-u", "train.py", *(f"--{key}={value}" for key, value in settings.items())], cwd=folder / "peer", stdout=open(output, "w"), stderr=subprocess.STDOUT)
+    return process, lambda: [float(ms) / 1e3 for ms in re.findall(r"iter \d+: .*time ([\d.]+)ms", output.read_text())]
 
 
-def ours(folder, width, steps, device):
-    """Our parameters and median seconds a step, as the log has them."""
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    flops = (steps + 4.5) * model.flops_per_token(model.Config(256, CONTEXT, width)) * BATCH
-    done = subprocess.run([sys.executable, ROOT / "train_ar.py", "--flops", str(flops), "--width", str(width), "--context", str(CONTEXT), "--batch", str(BATCH),
-                           "--compile", "on", "--device", device.type, "--out", folder / "run"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    times = [float(row["seconds"]) for row in csv.DictReader(open(folder / "run/log.csv"))]
-    return json.loads((folder / "run/result.json").read_text())["params"], np.median(np.diff(times)[3:])
+def start_ours(folder, width):
+    """The same of a run of ours. Of 190 steps, each is a row of the log."""
+    flops, out = 190.5 * model.flops_per_token(model.Config(256, CONTEXT, width)) * BATCH, folder / f"run-{width}"
+    process = subprocess.Popen([sys.executable, ROOT / "train_ar.py", "--flops", str(flops), "--width", str(width), "--context", str(CONTEXT), "--batch", str(BATCH),
+                                "--compile", "on", "--device", "cpu", "--out", out], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def seconds():
+        rows = list(csv.DictReader(open(out / "log.csv"))) if (out / "log.csv").exists() else []
+        return np.diff([0.0, *(float(row["seconds"]) for row in rows)]).tolist()
+    return process, seconds
+
+
+def race(folder, width, seconds):
+    """The median seconds of a step of nanoGPT's and of ours, in each of so many turns: -> (TURNS, 2)"""
+    racers, turns = [], []
+    try:
+        for start in (start_nanogpt, start_ours):
+            racers.append(start(folder, width))
+            process, steps = racers[-1]
+            while len(steps()) < 3:                           # until it has compiled
+                assert process.poll() is None, f"a run of width {width} ended with status {process.returncode}"
+                time.sleep(0.5)
+            process.send_signal(signal.SIGSTOP)
+        for turn in range(2 * TURNS):
+            process, steps = racers[turn % 2]
+            process.send_signal(signal.SIGCONT)
+            before = len(steps())
+            time.sleep(seconds)
+            turns.append(np.median(steps()[before + 1:]))     # the first was frozen in the middle
+            process.send_signal(signal.SIGSTOP)
+            assert process.poll() is None and np.isfinite(turns[-1]), f"width {width}: no step in {seconds} s"
+    finally:
+        for process, _ in racers:
+            process.kill()
+            process.wait()
+    return np.array(turns).reshape(TURNS, 2)
+
+
+def parameters(width):
+    """Ours and nanoGPT's, positions included."""
+    config = model.Config(256, CONTEXT, width)
+    with torch.device("meta"):
+        ours = model.Transformer(config).params()
+    layers = 4 * config.depth // 3
+    return ours, 12 * width**2 * layers + (256 + CONTEXT) * width + (2 * layers + 1) * width
 
 
 def profile(width, device, steps=3):
@@ -64,8 +96,7 @@ def profile(width, device, steps=3):
     with torch.profiler.profile() as profiler:
         for _ in range(steps):
             step()
-        model.synchronize(device)
-    spent = {event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total for event in profiler.key_averages()}
+    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
     shares, total = [], sum(spent.values())
     for pattern in KINDS.values():
         found = {key for key in spent if re.search(pattern, key, re.IGNORECASE)}
@@ -76,10 +107,8 @@ def profile(width, device, steps=3):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("nanogpt", type=Path, help="a clone of nanoGPT")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    device = model.pick_device(args.device)
+    device = model.pick_device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         shutil.copytree(args.nanogpt, folder / "peer", ignore=shutil.ignore_patterns(".git"))
@@ -89,12 +118,12 @@ def main():
             getattr(corpus, split)[:10_000_000].astype(np.uint16).tofile(home / f"{split}.bin")
         (home / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 256}))
         print("| width | parameters, ours | nanoGPT's | step, ours | nanoGPT's | ours is faster by a factor of |\n|---|---|---|---|---|---|")
-        for width, steps in WIDTHS.items():
-            pairs = [(nanogpt(folder / "peer", width, steps, device), ours(folder, width, steps, device)) for _ in range(args.rounds)]
-            ratios = [peer[1] / own[1] for peer, own in pairs]
-            (params, _), (own_params, _) = pairs[0]
-            print(f"| {width} | {own_params:,} | {params:,} | {np.median([own[1] for _, own in pairs]):.3f} s | {np.median([peer[1] for peer, _ in pairs]):.3f} s | "
-                  f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |", flush=True)
+        for width, seconds in WIDTHS.items():
+            theirs, own = race(folder, width, seconds).T
+            ratios, counts = theirs / own, parameters(width)
+            assert abs(counts[0] / counts[1] - 1) < 0.02
+            print(f"| {width} | {counts[0]:,} | {counts[1]:,} | {np.median(own):.3f} s | {np.median(theirs):.3f} s | "
+                  f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) |", flush=True)
     print("\n| width | " + " | ".join(KINDS) + " | other | of the matmul peak |\n" + "|---" * (len(KINDS) + 3) + "|")
     for width in WIDTHS:
         print(f"| {width} | " + " | ".join(f"{share:.1%}" for share in profile(width, device)) + " |", flush=True)

@@ -25,8 +25,8 @@ from conftest import ROOT
 import data
 import model
 
-CONTEXT, BATCH, TURNS = 256, 2048, 8       # tokens, tokens, turns of each
-WIDTHS = {192: 4, 384: 9, 576: 24}        # and how many seconds a turn takes
+CONTEXT, BATCH, TURNS = 256, 2048, 6       # tokens, tokens, turns of each
+WIDTHS = {192: 16, 384: 6, 576: 3}         # and how many steps are timed in a turn
 KINDS = {"matrix products": r"aten::(mm|addmm)$", "attention": "scaled_dot_product", "fused norms, SiLU, rotations, loss": "CompiledFxGraph|triton",
          "AdamW": "adam", "clipping": "norm|aten::(mul_|stack)"}
 
@@ -54,7 +54,7 @@ def start_ours(folder, width):
     return process, seconds
 
 
-def race(folder, width, seconds):
+def race(folder, width, count):
     """The median seconds of a step of nanoGPT's and of ours, in each of so many turns: -> (TURNS, 2)"""
     racers, turns = [], []
     try:
@@ -69,10 +69,11 @@ def race(folder, width, seconds):
             process, steps = racers[turn % 2]
             process.send_signal(signal.SIGCONT)
             before = len(steps())
-            time.sleep(seconds)
-            turns.append(np.median(steps()[before + 1:]))     # the first was frozen in the middle
+            while len(found := steps()) <= before + count:
+                assert process.poll() is None, f"a run of width {width} ended with status {process.returncode}"
+                time.sleep(0.1)
             process.send_signal(signal.SIGSTOP)
-            assert process.poll() is None and np.isfinite(turns[-1]), f"width {width}: no step in {seconds} s"
+            turns.append(np.median(found[before + 1:]))       # the first was frozen in the middle
     finally:
         for process, _ in racers:
             process.kill()
@@ -118,8 +119,8 @@ def main():
             getattr(corpus, split)[:10_000_000].astype(np.uint16).tofile(home / f"{split}.bin")
         (home / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 256}))
         print("| width | parameters, ours | nanoGPT's | step, ours | nanoGPT's | ours is faster by a factor of |\n|---|---|---|---|---|---|")
-        for width, seconds in WIDTHS.items():
-            theirs, own = race(folder, width, seconds).T
+        for width, count in WIDTHS.items():
+            theirs, own = race(folder, width, count).T
             ratios, counts = theirs / own, parameters(width)
             assert abs(counts[0] / counts[1] - 1) < 0.02
             print(f"| {width} | {counts[0]:,} | {counts[1]:,} | {np.median(own):.3f} s | {np.median(theirs):.3f} s | "

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from model import flops_per_token
+from model import Config, flops_per_token
 from run import InputError
 
 NAMES = ("E", "A", "B", "alpha", "beta")
@@ -93,7 +93,7 @@ def fit_law(N, D, L):
 
 def sizes(vocab_size, context):
     """Models of all WIDTHS, between the whole depths too: -> N without embeddings (W,), training FLOPs per token (W,)."""
-    shape = SimpleNamespace(width=WIDTHS, depth=np.maximum(2, WIDTHS / 64), vocab_size=vocab_size, context=context)
+    shape = SimpleNamespace(width=WIDTHS, depth=np.maximum(2, WIDTHS / 64), outputs=Config(vocab_size).outputs, context=context)
     return 16 * WIDTHS**2 * shape.depth + WIDTHS * (2 * shape.depth + 1), flops_per_token(shape)
 
 

@@ -101,7 +101,8 @@ def test_an_intervention_end_to_end(workplace, monkeypatch, study, levels):
     rows = scaling.read_rows(Path(workplace, "results", f"{study}.csv"))
     assert len(rows) == len(lines) == len(set(lines)) == len({row["val_bpb"] for row in rows}) == (12 if study == "shuffle" else 3)
     assert {row[study] for row in rows if row["tokenizer"] == "byte"} == set(levels)
-    assert len({(row["tokenizer"], row["val_bytes"]) for row in rows}) == 2                         # shuffling leaves the bytes and their number
+    cells = {(row["objective"], row["tokenizer"]) for row in rows}                                  # an intervention leaves the bytes and their number
+    assert len({(row["objective"], row["tokenizer"], row["val_bytes"]) for row in rows}) == len(cells) == (4 if study == "shuffle" else 2)
     assert all((row["val_bpb_span1"] is None) == (row["span"] == 1) for row in rows)
     assert Path(workplace, "results", f"{study}.png").read_bytes().startswith(b"\x89PNG")
     assert scale("--plot-only").strip() in shown

@@ -56,9 +56,12 @@ def report(found):
         for k, budget in enumerate(budgets):
             far = " (extrapolated)" if one["gap"][0, at[k]] * budget > top else ""
             print(f"| {power(f'{budget:g}')} | {interval(lost[:, at[k]])} | {interval(one['gap'][:, at[k]])}{far} | {interval(one['capacity'][:, k])} |")
-        first, last = one["gap"][:, at[0]], one["gap"][:, at[-1]]
-        trend = np.divide(last, first, out=np.full(len(last), np.inf), where=np.isfinite(last)) ** (1 / np.log10(budgets[-1] / budgets[0]))
-        print(f"\n{name}: from {power(f'{budgets[0]:g}')} to {power(f'{budgets[-1]:g}')} FLOPs G is multiplied by {interval(trend)} with every decade.")
+        met = [k for k in range(len(budgets)) if np.isfinite(one["gap"][0, at[k]])]                 # where there is a G
+        if len(met) > 1:
+            first, last, decades = one["gap"][:, at[met[0]]], one["gap"][:, at[met[-1]]], np.log10(budgets[met[-1]] / budgets[met[0]])
+            trend = np.divide(last, first, out=np.full(len(last), np.inf), where=np.isfinite(last)) ** (1 / decades)
+            print(f"\n{name}: from {power(f'{budgets[met[0]]:g}')} to {power(f'{budgets[met[-1]]:g}')} FLOPs G is multiplied by {interval(trend)} "
+                  "with every decade.")
         never = np.mean(np.isinf(one["parity"][1:]))
         print(f"{name}: the fitted frontiers " + (f"do not meet below {power(f'{fits.FAR:g}')} FLOPs" if np.isinf(one["parity"][0]) else
               f"meet at {interval(one['parity'], 2)} FLOPs" + (" (extrapolated)" if one["parity"][0] > budgets[-1] else ""))

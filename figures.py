@@ -57,10 +57,11 @@ def report(found):
             far = " (extrapolated)" if one["gap"][0, at[k]] * budget > top else ""
             print(f"| {power(f'{budget:g}')} | {interval(lost[:, at[k]])} | {interval(one['gap'][:, at[k]])}{far} | {interval(one['capacity'][:, k])} |")
         met = [k for k in range(len(budgets)) if np.isfinite(one["gap"][0, at[k]])]                 # where there is a G
+        print()
         if len(met) > 1:
             first, last, decades = one["gap"][:, at[met[0]]], one["gap"][:, at[met[-1]]], np.log10(budgets[met[-1]] / budgets[met[0]])
             trend = np.divide(last, first, out=np.full(len(last), np.inf), where=np.isfinite(last)) ** (1 / decades)
-            print(f"\n{name}: from {power(f'{budgets[met[0]]:g}')} to {power(f'{budgets[met[-1]]:g}')} FLOPs G is multiplied by {interval(trend)} "
+            print(f"{name}: from {power(f'{budgets[met[0]]:g}')} to {power(f'{budgets[met[-1]]:g}')} FLOPs G is multiplied by {interval(trend)} "
                   "with every decade.")
         never = np.mean(np.isinf(one["parity"][1:]))
         print(f"{name}: the fitted frontiers " + (f"do not meet below {power(f'{fits.FAR:g}')} FLOPs" if np.isinf(one["parity"][0]) else

@@ -253,7 +253,7 @@ def test_other_text_goes_elsewhere_and_a_failed_run_does_not_stop_the_others(swe
     shutil.copy(workplace / "results" / "runs.csv", tmp_path / "results")
     (tmp_path / "other.txt").write_bytes((workplace / "text.txt").read_bytes()[:-1])
     done = execute(tmp_path, "scaling.py", "--data", "other.txt", "--vocab", 300, "--context", 64, "--budgets", "1e8", "--widths", 16, 256)
-    assert "hold" in done.stdout and done.returncode == 2 and done.stderr.count("failed: ") == 4 and "too small for one step" in done.stderr
+    assert "hold" in done.stderr and done.returncode == 2 and done.stderr.count("failed: ") == 4 and "too small for one step" in done.stderr
     table, = (tmp_path / "results").glob("other-*/runs.csv")
     assert len(scaling.read_rows(table)) == 4 and len(scaling.read_rows(tmp_path / "results" / "runs.csv")) == 24
 

@@ -69,30 +69,36 @@ def flops_per_token(config):
     return 3 * (2 * weights + 4 * config.depth * config.width * config.context)
 
 
-MEMORY_SHARE = 0.9           # of a GPU's memory that we plan to fill
-
-
 def memory(config):
     """Bytes that training takes in bf16 autocast: -> (at any batch, more for each window in memory at once).
 
     At any batch: weights, gradients and AdamW's two moments in float32. For each window: what the forward pass keeps for the
     backward, counted on fake tensors that take no memory, and the gradient of the logits. Compiled code keeps less.
     """
-    kept = []
-    for windows in (1, 2):
-        with FakeTensorMode():
-            model, ids = Transformer(config), torch.zeros(windows, config.context, dtype=torch.long)
-            storages = {p.untyped_storage()._cdata: 0 for p in model.parameters()}
+    one, two = kept_for_backward(config, 1), kept_for_backward(config, 2)
+    with torch.device("meta"):
+        params = Transformer(config).params()
+    return 16 * params + one - (two - one), two - one + 6 * config.outputs * config.context
 
-            def keep(tensor):
-                storages.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes())
-                return tensor
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-                graph = nats(model, ids, ids)                 # held until all is counted, or its storages would be counted once
-            kept.append(sum(storages.values()))
-            del graph
-    window = kept[1] - kept[0] + 6 * config.outputs * config.context
-    return 16 * model.params() + kept[0] - (kept[1] - kept[0]), window
+
+def kept_for_backward(config, windows):
+    """Bytes that the forward pass of so many windows keeps for the backward, the weights themselves aside."""
+    with FakeTensorMode():
+        model, ids = Transformer(config), torch.zeros(windows, config.context, dtype=torch.long)
+        storages = {p.untyped_storage()._cdata: 0 for p in model.parameters()}
+
+        def keep(tensor):
+            storages.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes())
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            graph = nats(model, ids, ids)                     # it holds all that is kept, so that no two have the same address
+        assert graph.requires_grad
+        return sum(storages.values())
+
+
+def windows_that_fit(free, always, window):
+    """How many windows go into 90% of so many bytes of a GPU's memory, by what memory() says of the model."""
+    return max(0, int((0.9 * free - always) / window))
 
 
 def h100_hours(flops):
@@ -340,7 +346,7 @@ def main():
             model = Transformer(config)
         always, window = memory(config)
         row = (f"{width:>6}{config.depth:>6}{config.heads:>6}{model.params():>15,}{model.params(embedding=False):>15,}{flops_per_token(config):>16,}"
-               f"{always / 2**30:>8.2f}{window / 2**30:>12.3f}{max(0, int((MEMORY_SHARE * 80e9 - always) / window)):>10,}")
+               f"{always / 2**30:>8.2f}{window / 2**30:>12.3f}{windows_that_fit(80e9, always, window):>10,}")
         if i < args.timed:
             peak = matmul_peak(device)
             ar, mdm = (training_speed(Config(args.vocab, args.context, width, causal), args.batch, device) for causal in (True, False))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import MEMORY_SHARE, memory
+from model import memory, windows_that_fit
 from run import InputError
 
 MICRO_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}    # tokens in memory at once; a larger batch is summed over several
@@ -51,8 +51,7 @@ class Team:
         self.count = len(self.rows(batch))
         most = MICRO_TOKENS[self.device.type] // config.context
         if self.device.type == "cuda":
-            always, window = memory(config)
-            most = min(most, int((MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0] - always) / window))
+            most = min(most, windows_that_fit(torch.cuda.mem_get_info(self.device)[0], *memory(config)))
         self.limit_micro(max(1, most))
 
     def rows(self, batch):

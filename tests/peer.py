@@ -20,22 +20,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))              # not by way of conftest.py, which leaves us one thread
 import data
 import model
 
-CONTEXT, BATCH, TURNS = 256, 2048, 6       # tokens, tokens, turns of each
-WIDTHS = {192: 16, 384: 6, 576: 3}         # and how many steps are timed in a turn
+CONTEXT, BATCH = 256, 2048                 # tokens
+WIDTHS = {192: (24, 6), 384: (16, 3), 576: (12, 2)}     # turns of each, and how many steps are timed in a turn
 KINDS = {"matrix products": r"aten::(mm|addmm)$", "attention": "scaled_dot_product", "fused norms, SiLU, rotations, loss": "CompiledFxGraph|triton",
          "AdamW": "adam", "clipping": "norm|aten::(mul_|stack)"}
 
+
+def peer_layers(width):
+    """Of nanoGPT, to have the weights of ours."""
+    return 4 * model.Config(width=width).depth // 3
 
 
 def start_nanogpt(folder, width):
     """-> (process, a function that reads the seconds of its steps so far)"""
     config = model.Config(256, CONTEXT, width)
-    settings = dict(dataset="bytes", out_dir="out", device="cpu", dtype="float32", compile=True, n_layer=4 * config.depth // 3,
+    settings = dict(dataset="bytes", out_dir="out", device="cpu", dtype="float32", compile=True, n_layer=peer_layers(width),
                     n_head=config.heads, n_embd=width, block_size=CONTEXT, batch_size=BATCH // CONTEXT, gradient_accumulation_steps=1, eval_iters=1, eval_interval=10**6, log_interval=1)
     output = folder / f"peer-{width}.txt"
     process = subprocess.Popen([sys.executable, "-u", "train.py", *(f"--{key}={value}" for key, value in settings.items())], cwd=folder / "peer", stdout=open(output, "w"), stderr=subprocess.STDOUT)
@@ -54,8 +59,8 @@ def start_ours(folder, width):
     return process, seconds
 
 
-def race(folder, width, count):
-    """The median seconds of a step of nanoGPT's and of ours, in each of so many turns: -> (TURNS, 2)"""
+def race(folder, width, rounds, count):
+    """The median seconds of count steps of nanoGPT's and of ours, in each of so many turns: -> (rounds, 2)"""
     racers, turns = [], []
     try:
         for start in (start_nanogpt, start_ours):
@@ -65,7 +70,7 @@ def race(folder, width, count):
                 assert process.poll() is None, f"a run of width {width} ended with status {process.returncode}"
                 time.sleep(0.5)
             process.send_signal(signal.SIGSTOP)
-        for turn in range(2 * TURNS):
+        for turn in range(2 * rounds):
             process, steps = racers[turn % 2]
             process.send_signal(signal.SIGCONT)
             before = len(steps())
@@ -78,7 +83,7 @@ def race(folder, width, count):
         for process, _ in racers:
             process.kill()
             process.wait()
-    return np.array(turns).reshape(TURNS, 2)
+    return np.array(turns).reshape(rounds, 2)
 
 
 def parameters(width):
@@ -86,7 +91,7 @@ def parameters(width):
     config = model.Config(256, CONTEXT, width)
     with torch.device("meta"):
         ours = model.Transformer(config).params()
-    layers = 4 * config.depth // 3
+    layers = peer_layers(width)
     return ours, 12 * width**2 * layers + (256 + CONTEXT) * width + (2 * layers + 1) * width
 
 
@@ -119,12 +124,14 @@ def main():
             getattr(corpus, split)[:10_000_000].astype(np.uint16).tofile(home / f"{split}.bin")
         (home / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 256}))
         print("| width | parameters, ours | nanoGPT's | step, ours | nanoGPT's | ours is faster by a factor of |\n|---|---|---|---|---|---|")
-        for width, count in WIDTHS.items():
-            theirs, own = race(folder, width, count).T
+        for width, (rounds, count) in WIDTHS.items():
+            theirs, own = race(folder, width, rounds, count).T
             ratios, counts = theirs / own, parameters(width)
             assert abs(counts[0] / counts[1] - 1) < 0.02
+            samples = np.median(np.random.default_rng(0).choice(ratios, (2000, rounds)), axis=1)
+            low, high = np.quantile(samples, [0.05, 0.95])    # 90% of bootstrap samples of the turns
             print(f"| {width} | {counts[0]:,} | {counts[1]:,} | {np.median(own):.3f} s | {np.median(theirs):.3f} s | "
-                  f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) |", flush=True)
+                  f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}], turns from {ratios.min():.2f} to {ratios.max():.2f} |", flush=True)
     print("\n| width | " + " | ".join(KINDS) + " | other | of the matmul peak |\n" + "|---" * (len(KINDS) + 3) + "|")
     for width in WIDTHS:
         print(f"| {width} | " + " | ".join(f"{share:.1%}" for share in profile(width, device)) + " |", flush=True)

@@ -139,8 +139,11 @@ def test_memory_is_what_real_tensors_take(shape):
     config = model.Config(context=96, **shape)
     net, ids = model.Transformer(config), torch.zeros(3, 96, dtype=torch.long)
     kept = {p.untyped_storage().data_ptr(): 0 for p in net.parameters()}
-    pack = lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) and tensor
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (pack(tensor), tensor)[1], lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+
+    def keep(tensor):
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         graph = model.nats(net, ids, ids)
     always, window = model.memory(config)
     matrices = sum(p.numel() for p in net.parameters() if p.dim() == 2) - net.embedding.weight.numel()

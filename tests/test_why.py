@@ -94,7 +94,9 @@ def test_an_intervention_end_to_end(workplace, monkeypatch, study, levels):
     monkeypatch.setattr(fragility, "SPANS", levels)
 
     def scale(*arguments):
-        return here(workplace, "scaling.py", "--study", study, *arguments).stdout
+        done = here(workplace, "scaling.py", "--study", study, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
     tiny = ("--data", "text.txt", "--vocab", 300, "--context", 64, "--widths", 16, "--budgets", "3e8")
     lines = scale(*tiny, "--dry-run").splitlines()
     shown = scale(*tiny)

@@ -1,6 +1,6 @@
 """Training speed beside nanoGPT's own train.py, and where our time goes.
 
-    git clone https://github.com/karpathy/nanoGPT && python tests/peer.py nanoGPT       # a quarter of an hour on two cores
+    git clone https://github.com/karpathy/nanoGPT && python tests/peer.py nanoGPT       # three quarters of an hour on two cores
 
 Both train on bytes of pysrc, in float32 on the CPU, compiled, with the same batch and context and the same number of
 parameters: our blocks have 16 width^2 weights and nanoGPT's 12, so it gets 4/3 of our layers. Both are started, then one is frozen while
@@ -27,7 +27,7 @@ import data
 import model
 
 CONTEXT, BATCH = 256, 2048                 # tokens
-WIDTHS = {192: (24, 6), 384: (16, 3), 576: (12, 2)}     # turns of each, and how many steps are timed in a turn
+WIDTHS = {192: (24, 6), 384: (40, 3), 576: (40, 2)}     # turns of each, and how many steps are timed in a turn
 KINDS = {"matrix products": r"aten::(mm|addmm)$", "attention": "scaled_dot_product", "fused norms, SiLU, rotations, loss": "CompiledFxGraph|triton",
          "AdamW": "adam", "clipping": "norm|aten::(mul_|stack)"}
 

@@ -36,7 +36,7 @@ from download import with_shards
 from model import Config, flops_per_byte, h100_hours
 
 HERE = Path(__file__).resolve().parent
-BUDGETS = {"cpu": (3e10, 1e11, 3e11), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
+BUDGETS = {"cpu": (2e10, 6e10, 2e11), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
 WHY_BUDGET = {"cpu": 1e12, "mps": 3e13, "cuda": 1e17}         # of the studies shuffle and span
 LADDER = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1344, 1664, 2176)          # widths, N doubled or a bit more at each step
 TRAIN = {"ar": train_ar, "mdm": train_mdm}                    # their rules are ours: widths, and the tuned learning rates and batches

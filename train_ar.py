@@ -47,7 +47,7 @@ def loss(model, ids):
 
 
 @torch.no_grad()
-def evaluate(model, windows, bytes_per_id, size=16):
+def evaluate(model, windows, bytes_per_id, size=4):
     """Bits per byte of windows (N, T), an array of ids, and its standard error: -> (bpb, stderr).
 
     (total nats / ln 2) / (total bytes), an error of a ratio: windows differ in bytes. size: windows read at once.

@@ -72,7 +72,7 @@ def loss(model, ids, generator, schedule="linear", span=1):
 
 
 @torch.no_grad()
-def evaluate(model, windows, bytes_per_id, size=16, span=1, seed=0):
+def evaluate(model, windows, bytes_per_id, size=4, span=1, seed=0):
     """Bits per byte of windows (N, T), an array of ids, by the order-agnostic bound, and its standard error: -> (bpb, stderr).
 
     E_{k ~ U{1..R}} [R / k * nats of k masked runs], with k stratified over the windows, which are put in random order first.

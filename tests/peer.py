@@ -27,7 +27,7 @@ import data
 import model
 
 CONTEXT, BATCH = 256, 2048                 # tokens
-WIDTHS = {192: (24, 6), 384: (40, 3), 576: (40, 2)}     # turns of each, and how many steps are timed in a turn
+WIDTHS = {192: (24, 6), 224: (24, 6), 384: (40, 3), 576: (40, 2)}     # turns of each, and how many steps are timed in a turn
 KINDS = {"matrix products": r"aten::(mm|addmm)$", "attention": "scaled_dot_product", "fused norms, SiLU, rotations, loss": "CompiledFxGraph|triton",
          "AdamW": "adam", "clipping": "norm|aten::(mul_|stack)"}
 

@@ -1,11 +1,9 @@
-"""Text to tokens to batches: corpora, their caches, deterministic windows. (The BPE itself is in bpe.py.)
+"""Corpora, to tokens, to training sequences.
 
-    python data.py                              # prepare pysrc, show how both tokenizers cut a snippet
-    python data.py --data notes.txt --vocab 1024
-    python data.py --bench                      # how fast the BPE trains and encodes, what a batch costs
+    python data.py [--data enwik8] [--vocab 4096]       # prepare a corpus, show both tokenizations
 
-A corpus is a stream of documents joined by one zero byte, split into train and validation by a hash of each
-document's content. It is prepared once, as flat binary files that are memory-mapped ever after:
+A corpus is a stream of documents joined by one zero byte. A hash of its content puts a document in
+training or in validation. It is prepared once, as flat files that are memory-mapped from then on:
 
     data/pysrc-byte/     train.bin val.bin meta.json      the bytes themselves (uint8)
     data/pysrc-bpe4096/  train.bin val.bin meta.json      the same stream as BPE tokens (uint16)
@@ -15,238 +13,427 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
 import shutil
+import sys
 import sysconfig
 import tempfile
-import time
+import urllib.error
+import urllib.request
+import zipfile
 import zlib
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-import download
-from bpe import Tokenizer, check_vocab, train_bpe
-from run import InputError, run_script, usage_error
+from bpe import Tokenizer, train_bpe
+
+try:
+    import fcntl
+except ImportError:
+    # Windows has no such lock: there, don't prepare one corpus in two processes at once.
+    fcntl = None
+try:
+    from compression import zstd
+except ImportError:
+    # Before Python 3.14 it is a package, if someone has installed it.
+    zstd = None
+    with contextlib.suppress(ImportError):
+        import zstandard as zstd
 
 CACHE = Path("data")
 VAL_FRACTION = 0.05        # of the bytes, by whole documents
-PIECE = 16 * 1024          # a lone file has no documents in it: it is cut into pieces of about this many bytes, at line ends
-MANY_CORES_FROM = 2**28    # bytes of text from which all cores encode
-BPE_SAMPLE = 32 * 2**20    # bytes of training text that the BPE vocabulary is learned from
+PIECE = 16 * 2**10         # bytes of a document where a lone file is cut into them, at line ends
+LONGEST = 8 * 2**20        # bytes of a document at most, unless it is a line of a .jsonl
+BPE_SAMPLE = 32 * 2**20    # bytes of training text that a BPE vocabulary is learned from
+MANY_CORES_FROM = 2**28    # bytes of text that are worth starting processes to encode
+CRC_UP_TO = 2**30          # bytes of a file that is checked whenever it is opened
+
+HUB = "https://huggingface.co/datasets"
+# name -> (its address, bytes of the text, their sha256)
+ARCHIVES = {
+    "enwik8": ("https://mattmahoney.net/dc/enwik8.zip", 10**8,
+               "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"),
+    "enwik9": ("https://mattmahoney.net/dc/enwik9.zip", 10**9,
+               "159b85351e5f76e60cbe32e04c677847a9ecba3adc79addab6f4c6c7aa3744bc")}
+# name -> (number of shards, bytes of text in one, about, and the address of each)
+SHARDS = {
+    "c4": (1024, 750e6, lambda i:
+           f"{HUB}/allenai/c4/resolve/main/en/c4-train.{i:05d}-of-01024.json.gz"),
+    "slimpajama": (59000, 45e6, lambda i:
+                   f"{HUB}/cerebras/SlimPajama-627B/resolve/main/train/chunk{1 + i // 5900}"
+                   f"/example_train_{i % 5900}.jsonl.zst")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Corpora: where the documents come from, and how they become train.bin and val.bin.
-
-def sources(data):
-    """--data -> (corpus name, its files, whether each file is one document). Raises InputError if there are none."""
-    if data == "pysrc":
-        packages = [Path(importlib.util.find_spec(name).origin).parent for name in ("torch", "numpy", "matplotlib", "tqdm")]
-        files = [file for root in (Path(sysconfig.get_path("stdlib")), *packages) for file in sorted(root.rglob("*.py"))
-                 if not {"site-packages", "dist-packages"} & set(file.relative_to(root).parts)]
-        return "pysrc", files, True
-    if files := download.files(data, CACHE / "downloads"):
-        return data.replace(":", "-"), files, False
-    path = Path(data)
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*"))
-                 if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        if not files:
-            raise InputError(f"there are no files in {data}")
-    elif path.exists():
-        files = [path]
-    else:
-        raise InputError(f"unknown corpus {data!r}: neither pysrc, {', '.join(download.BASES)}, nor a file or folder here")
-    name = path.resolve().name.split(".")[0] or "corpus"
-    return re.sub(r"[^\w-]", "_", name), files, path.is_dir()
+class InputError(ValueError):
+    """Bad input, which the scripts show as one line."""
 
 
-def zstd():
-    """Python's own module for .zst, from 3.14, or the package."""
+# -----------------------------------------------------------------------------------------------
+# Downloads.
+
+def with_shards(data, bytes_needed):
+    """Return --data with as many shards as hold so many bytes: "c4" becomes "c4:3"."""
+    if data not in SHARDS:
+        return data
+    count, size, _ = SHARDS[data]
+    # 5% of the text are for validation.
+    return f"{data}:{min(count, max(1, math.ceil(1.1 * bytes_needed / size)))}"
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects, and keep the sha256 that Hugging Face sends with the first of them."""
+    sha256 = ""
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        self.sha256 = headers.get("X-Linked-ETag") or self.sha256
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def fetch(url, path):
+    """Download url to path, unless it is there; what an earlier try has left is continued.
+
+    Raise InputError if it does not arrive whole, or not as its published sha256 says.
+    """
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    redirects = Redirects()
     try:
-        from compression import zstd
-        return zstd
-    except ImportError:
-        try:
-            import zstandard
-            return zstandard
-        except ImportError:
-            return None
+        with urllib.request.build_opener(redirects).open(request, timeout=60) as response:
+            if response.status != 206:
+                # The server knows no ranges, and begins at the beginning.
+                start = 0
+            elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                return discard(part, f"{url}: the server continued at another byte")
+            total = start + int(response.headers.get("Content-Length") or 0)
+            published = redirects.sha256 or response.headers.get("X-Linked-ETag") or ""
+            with open(part, "ab") as file:
+                file.truncate(start)
+                with tqdm.wrapattr(file, "write", total=total, initial=start, desc=path.name,
+                                   disable=None) as out:
+                    shutil.copyfileobj(response, out, 2**20)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:
+            discard(part, f"{url}: {part.name} is longer than the file")
+        raise InputError(f"{url}: {error.code} {error.reason}: take another --data, such as "
+                         "pysrc or a path") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(f"{url}: {getattr(error, 'reason', error)}: the same command resumes the "
+                         "download, --data PATH needs none") from None
+    if part.stat().st_size < total:
+        raise InputError(f"{url}: the connection broke; the same command resumes the download")
+    published = published.strip('"').lower()
+    if re.fullmatch("[0-9a-f]{64}", published) and sha256_of(part) != published:
+        discard(part, f"{url}: the sha256 is not the published one")
+    os.replace(part, path)
+    return path
+
+
+def discard(path, reason):
+    """Delete a downloaded file that is of no use, and raise InputError."""
+    path.unlink(missing_ok=True)
+    raise InputError(f"{reason}: deleted {path}, the same command fetches it again")
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpack(archive, path, size, sha256):
+    """Write the one file of a zip archive to path. Raise InputError if it is another text."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with zipfile.ZipFile(archive) as files, open(temporary, "wb") as out:
+            with files.open(files.namelist()[0]) as file:
+                shutil.copyfileobj(file, out, 2**20)
+    except (zipfile.BadZipFile, zlib.error, EOFError, IndexError, NotImplementedError) as error:
+        temporary.unlink(missing_ok=True)
+        discard(archive, f"{archive.name} is damaged ({error})")
+    if temporary.stat().st_size != size or sha256_of(temporary) != sha256:
+        temporary.unlink()
+        discard(archive, f"{archive.name} holds another text")
+    os.replace(temporary, path)
+    archive.unlink()
+
+
+# -----------------------------------------------------------------------------------------------
+# Corpora: where the documents come from.
+
+def find_files(data):
+    """Return the name of a corpus, its files, and whether each file is one document.
+
+    Named corpora are downloaded. Raise InputError if there is no such corpus.
+    """
+    if data == "pysrc":
+        # Python source that every machine with this project has.
+        packages = [Path(importlib.util.find_spec(name).origin).parent
+                    for name in ("torch", "numpy", "matplotlib", "tqdm")]
+        files = [file for root in (Path(sysconfig.get_path("stdlib")), *packages)
+                 for file in sorted(root.rglob("*.py"))
+                 if not {"site-packages", "dist-packages"} & set(file.relative_to(root).parts)]
+        return data, files, True
+    downloads = CACHE / "downloads" / data.partition(":")[0]
+    if data in ARCHIVES:
+        url, size, sha256 = ARCHIVES[data]
+        if not (downloads / data).exists():
+            unpack(fetch(url, downloads / f"{data}.zip"), downloads / data, size, sha256)
+        return data, [downloads / data], False
+    name, _, count = data.partition(":")
+    if name in SHARDS:
+        most, _, address = SHARDS[name]
+        if not count.isdecimal() or not 1 <= int(count) <= most:
+            raise InputError(f"--data {data}: {name} has 1 to {most} shards, as in {name}:4")
+        urls = [address(i) for i in range(int(count))]
+        # The names of shards may differ in their folders alone.
+        paths = [downloads / "-".join(url.split("/")[-2:]) for url in urls]
+        files = [fetch(url, path) for url, path in zip(urls, paths, strict=True)]
+        return f"{name}-{count}", files, False
+    path = Path(data)
+    if not data or not (path.is_file() or path.is_dir()):
+        names = ", ".join(["pysrc", *ARCHIVES, *SHARDS])
+        raise InputError(f"--data {data}: neither {names}, nor a file or folder")
+    files = [path]
+    if path.is_dir():
+        # Hidden files and folders, such as .git, are no text.
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()
+                 and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    name = re.sub(r"[^\w-]", "_", path.resolve().name.split(".")[0]) or "corpus"
+    return name, files, len(files) > 1
 
 
 def open_any(file):
-    """Open a file for reading bytes, unpacked as they are read."""
+    """Open a file for reading bytes, decompressed as they are read."""
     if file.suffix == ".gz":
         return gzip.open(file)
     if file.suffix == ".zst":
-        if zstd() is None:
-            raise InputError(f"{file.name} needs Python 3.14 or a package: pip install zstandard")
-        return io.BufferedReader(zstd().open(file, "rb"))
+        if zstd is None:
+            raise InputError(f"{file} needs Python 3.14, or: pip install zstandard")
+        return io.BufferedReader(zstd.open(file, "rb"))
     return open(file, "rb")
 
 
 def documents(files, whole):
-    """Yield the documents of files as bytes, in bounded memory; .gz and .zst are opened, and .jsonl (or .json.gz) has one in the "text"
-    of each line.
-
-    whole: each file is a document (above 8 MiB, it is cut); otherwise files are cut into pieces of PIECE bytes.
-    """
+    """Yield the documents in files, as bytes: lines of .jsonl, whole files, or pieces of files."""
+    damage = (OSError, EOFError, zlib.error, getattr(zstd, "ZstdError", EOFError))
     for file in files:
         name = file.name.removesuffix(".gz").removesuffix(".zst")
-        piece = 2**23 if whole else min(PIECE, max(1024, file.stat().st_size // 64))
-        line = 0
+        packed = name != file.name
+        piece = LONGEST if whole else min(PIECE, max(1024, file.stat().st_size // 64))
         try:
             with open_any(file) as stream:
-                if name.endswith(".jsonl") or name.endswith(".json") and name != file.name:
-                    for line, row in enumerate(stream, 1):
-                        if row.strip() and (text := json.loads(row)["text"].encode("utf-8", "surrogatepass")):
-                            yield text
-                else:
-                    while text := stream.read(piece):
-                        yield text if len(text) < piece else text + stream.readline(piece)
-        except (gzip.BadGzipFile, EOFError, zlib.error, getattr(zstd(), "ZstdError", EOFError)) as error:
-            if fetched := CACHE / "downloads" in file.parents:
-                file.unlink()
-            raise InputError(f"{file} is damaged: {error}" + ("; deleted, the same command fetches it again" if fetched else "")) from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{file}, line {line}: not a JSON object with a \"text\" string") from None
+                if name.endswith(".jsonl") or packed and name.endswith(".json"):
+                    yield from lines(file, stream)
+                    continue
+                while text := stream.read(piece):
+                    yield text if len(text) < piece else text + stream.readline(piece)
+        except damage as error:
+            if not packed:
+                raise
+            refuse(file, f"{file} is damaged ({error})")
 
+
+def lines(file, stream):
+    """Yield the "text" of each line of a .jsonl, as bytes."""
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"].encode("utf-8", "surrogatepass")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            refuse(file, f'{file}, line {number}: not a JSON object with a "text" string')
+        if text:
+            yield text
+
+
+def refuse(file, reason):
+    """Raise InputError for a file that can't be read; if it was downloaded, delete it."""
+    if CACHE / "downloads" in file.parents:
+        discard(file, reason)
+    raise InputError(reason)
+
+
+# -----------------------------------------------------------------------------------------------
+# Preparation: documents -> bytes -> tokens.
 
 def bucket(document):
-    """0..4095 by the document's content: it decides on which side of the split the document falls."""
+    """Return a hash of the document in 0..4095: it decides between training and validation."""
     return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big") % 4096
 
 
-def write_bytes(name, files, whole, folder):
-    """Write the train.bin and val.bin of a corpus as bytes. -> meta. Reads the documents twice: to split them, to write them."""
+def write_bytes(folder, name, files, whole):
+    """Write a corpus as bytes into folder. Return its metadata."""
     digest, sizes, count = hashlib.sha256(), np.zeros(4096, dtype=np.int64), 0
-    for document in tqdm(documents(files, whole), desc=f"reading {name}", unit=" documents", disable=None, leave=False):
+    bar = tqdm(documents(files, whole), f"reading {name}", unit=" documents", disable=None,
+               leave=False)
+    for document in bar:
         digest.update(b"\0" + document if count else document)
         sizes[bucket(document)] += len(document)
         count += 1
     if np.count_nonzero(sizes) < 2:
-        raise InputError(f"{name} is too small: it needs two different documents, one for training and one for validation")
+        raise InputError(f"{name} is too small: training and validation need a document each")
     # Validation: the lowest buckets that hold VAL_FRACTION of the bytes, and never all of them.
-    cut = min(np.searchsorted(sizes.cumsum(), VAL_FRACTION * sizes.sum()), np.flatnonzero(sizes)[-1] - 1)
+    last = np.searchsorted(sizes.cumsum(), VAL_FRACTION * sizes.sum())
+    last = min(last, np.flatnonzero(sizes)[-1] - 1)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for document in documents(files, whole):
-            side = val if bucket(document) <= cut else train
-            side.write(b"\0" + document if side.tell() else document)
-        return {"name": name, "sha256": digest.hexdigest(), "documents": count, "bytes_per_token": 1.0,
-                "train_bytes": train.tell(), "val_bytes": val.tell(), "merges": []}
+            split = val if bucket(document) <= last else train
+            split.write(b"\0" + document if split.tell() else document)
+        return {"name": name, "sha256": digest.hexdigest(), "documents": count, "merges": [],
+                "bytes_per_token": 1.0, "train_bytes": train.tell(), "val_bytes": val.tell()}
 
 
-def write_bpe(source, meta, vocab_size, folder):
-    """Learn a BPE on a sample of the train.bin of bytes in source, and encode both splits with it. -> meta."""
-    size, block = meta["train_bytes"], min(meta["train_bytes"], 2**20)
-    sample = []
-    with open(source / "train.bin", "rb") as file:
-        for start in np.linspace(0, size - block, min(size, BPE_SAMPLE) // block, dtype=int):
-            file.seek(start)
-            sample.append(file.read(block))
-    merges = train_bpe(b"".join(sample), vocab_size)
-    if len(merges) < vocab_size - 256:
-        raise InputError(f"{meta['name']} is too small for a vocabulary of {vocab_size}: it yields {256 + len(merges)} tokens")
-    tokenizer, tokens = Tokenizer(merges), {}
+def write_tokens(folder, source, meta, vocab_size):
+    """Learn a BPE on a sample of the byte corpus in source and encode it. Return the metadata."""
+    text = np.memmap(source / "train.bin", dtype=np.uint8, mode="r")
+    block = min(len(text), 2**20)
+    starts = np.linspace(0, len(text) - block, min(len(text), BPE_SAMPLE) // block, dtype=int)
+    sample = b"".join(text[start:start + block].tobytes() for start in starts)
+    tokenizer = Tokenizer(train_bpe(sample, vocab_size))
+    if tokenizer.vocab_size < vocab_size:
+        raise InputError(f"{meta['name']} is too small for a vocabulary of {vocab_size}: it gives "
+                         f"{tokenizer.vocab_size} tokens")
+    tokens = {}
     for split in ("train", "val"):
-        with open(folder / f"{split}.bin", "wb") as out, \
-                tqdm(desc=f"encoding {split}", total=meta[f"{split}_bytes"], unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        with open(folder / f"{split}.bin", "wb") as out:
             for ids in encode_file(tokenizer, source / f"{split}.bin"):
                 out.write(ids.tobytes())
-                bar.update(int(tokenizer.bytes_per_id[ids].sum()))
             tokens[split] = out.tell() // 2
-    return meta | {"merges": [(left.hex(), right.hex()) for left, right in merges],
+    return meta | {"merges": tokenizer.to_hex(),
                    "bytes_per_token": meta["train_bytes"] / tokens["train"]}
 
 
 def encode_file(tokenizer, path):
-    """The ids of a file, piece by piece; by all cores, if it is large enough to pay for starting them."""
+    """Yield the ids of a file part by part, in bounded memory; by all cores if it is large."""
     if path.stat().st_size < MANY_CORES_FROM:
-        with open(path, "rb") as text:
-            yield from tokenizer.encode_stream(text)
-        return
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=setattr,
-                             initargs=(encode_part, "tokenizer", tokenizer)) as pool:
-        waiting = deque()                                     # a bounded queue: the writer may be slower than the cores
         for part in parts(path):
-            waiting.append(pool.submit(encode_part, path, *part))
-            if len(waiting) > 2 * (os.cpu_count() or 1):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            yield tokenizer.encode(read_part(part))
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(None, start_worker, [tokenizer.merges]) as pool:
+        yield from pool.imap(encode_part, parts(path))
 
 
 def parts(path, size=2**24):
-    """Cut a file after zero bytes, which no token crosses, into parts of size bytes or more: yields (start, stop)."""
+    """Yield (path, start, end) of parts of a file, cut after zero bytes, which no token crosses."""
     stream, start = np.memmap(path, dtype=np.uint8, mode="r"), 0
     while start < len(stream):
-        stop = min(start + size, len(stream))
-        while stop < len(stream) and stream[stop - 1] != 0:
-            following = np.flatnonzero(stream[stop:stop + 2**16] == 0)
-            stop = stop + following[0] + 1 if len(following) else min(stop + 2**16, len(stream))
-        yield start, int(stop)
-        start = int(stop)
+        end = min(start + size, len(stream))
+        while end < len(stream) and stream[end - 1] != 0:
+            zeros = np.flatnonzero(stream[end:end + 2**16] == 0)
+            end = end + zeros[0] + 1 if len(zeros) else min(end + 2**16, len(stream))
+        yield path, start, int(end)
+        start = int(end)
 
 
-def encode_part(path, start, stop):
+def read_part(part):
+    path, start, end = part
     with open(path, "rb") as file:
         file.seek(start)
-        return encode_part.tokenizer.encode(file.read(stop - start))
+        return file.read(end - start)
 
 
-def read_meta(folder):
-    try:
-        return json.loads((folder / "meta.json").read_text())
-    except FileNotFoundError:
-        return {}
+def start_worker(merges):
+    global worker_tokenizer
+    worker_tokenizer = Tokenizer(merges)
 
 
-def prepare(data="pysrc", vocab_size=None):
-    """Make the cache of a corpus, as bytes (vocab_size None) or as BPE tokens, unless it is there. -> (folder, meta).
+def encode_part(part):
+    return worker_tokenizer.encode(read_part(part))
 
-    The folder is built aside and renamed. Two processes that prepare it at the same time both do the work; one's is kept.
+
+# -----------------------------------------------------------------------------------------------
+# The cache of prepared corpora.
+
+def checksum(path):
+    """Return [size, CRC-32] of a file, the CRC of a very large one left out."""
+    size, crc = path.stat().st_size, 0
+    if size <= CRC_UP_TO:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                crc = zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def seal(meta):
+    """Return the CRC-32 of the metadata of a corpus, its own aside."""
+    rest = {key: value for key, value in meta.items() if key != "seal"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def open_cache(folder, key):
+    """Return the metadata of a corpus that was prepared with this key, or None.
+
+    None, with a line on stderr, if its files are not those that were written.
     """
-    if vocab_size is None:
-        name, files, whole = sources(data)
-        stats = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
-        key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()       # changes when the source does
-        folder, build = CACHE / f"{name}-byte", functools.partial(write_bytes, name, files, whole)
-    else:
-        check_vocab(vocab_size)
-        source, meta = prepare(data)
-        key = meta["sha256"]
-        folder, build = CACHE / f"{meta['name']}-bpe{vocab_size}", functools.partial(write_bpe, source, meta, vocab_size)
-    meta = read_meta(folder)
-    if meta.get("key") == key:
-        return folder, meta
-    CACHE.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=CACHE))
     try:
-        new = temporary / "new"
-        new.mkdir()
-        meta = build(new) | {"key": key}
-        (new / "meta.json").write_text(json.dumps(meta))
-        try:
-            new.rename(folder)
-        except OSError:                                       # there is one: another process's, as good as ours, or an outdated one
-            if read_meta(folder).get("key") != key:
-                folder.rename(temporary / "old")
-                new.rename(folder)
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["key"] != key:
+            return None
+        if meta["seal"] == seal(meta) and all(checksum(folder / name) == known
+                                              for name, known in meta["files"].items()):
+            return meta
+    except FileNotFoundError:
+        if not folder.exists():
+            return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+        pass
+    print(f"note   {folder} is damaged or of another version: prepared again", file=sys.stderr)
+    return None
+
+
+def prepare(folder, key, write, *arguments):
+    """Return the metadata of a corpus, prepared by write(folder, *arguments) if need be."""
+    if meta := open_cache(folder, key):
+        return meta
+    # Only who holds the lock prepares: what lies here was left by a process that was killed.
+    for left in CACHE.glob(".preparing-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".preparing-", dir=CACHE))
+    try:
+        meta = write(temporary, *arguments) | {"key": key}
+        meta["files"] = {name: checksum(temporary / name) for name in ("train.bin", "val.bin")}
+        (temporary / "meta.json").write_text(json.dumps(meta | {"seal": seal(meta)}))
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return meta
+
+
+@contextlib.contextmanager
+def locked_cache():
+    """Keep other processes from preparing corpora, until the block or this process ends."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(CACHE, os.O_RDONLY) if fcntl else None
+    try:
+        # A file system without locks does without.
         with contextlib.suppress(OSError):
-            CACHE.rmdir()                                     # if nothing is in it: bad input leaves nothing behind
-    return folder, meta
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fcntl:
+            os.close(descriptor)
+        # If nothing is in it: bad input leaves nothing behind.
+        with contextlib.suppress(OSError):
+            CACHE.rmdir()
 
 
 @dataclass
@@ -258,128 +445,116 @@ class Corpus:
     val: np.ndarray
 
     def tokens(self, context_bytes):
-        """The length in tokens of a window of context_bytes bytes: a multiple of 16 for BPE."""
+        """Return the tokens in a sequence of so many bytes: for BPE a multiple of 16."""
         if self.tokenizer.vocab_size == 256:
             return context_bytes
         return max(16, 16 * round(context_bytes / self.meta["bytes_per_token"] / 16))
 
     def shuffle_tokens(self, shuffle_bytes, context):
-        """The length in tokens of the blocks of shuffle_bytes bytes that are permuted. For BPE: the nearest that divides context."""
+        """Return the tokens in a block of so many bytes: for BPE the nearest divisor of context."""
         if self.tokenizer.vocab_size == 256:
             return shuffle_bytes
-        return nearest_divisor(context, shuffle_bytes / self.meta["bytes_per_token"])
-
-
-def nearest_divisor(context, number):
-    """Of the whole numbers that divide context, the one nearest to number."""
-    return min((n for n in range(1, context + 1) if context % n == 0), key=lambda n: abs(n - number))
+        length = shuffle_bytes / self.meta["bytes_per_token"]
+        divisors = [n for n in range(1, context + 1) if context % n == 0]
+        return min(divisors, key=lambda n: abs(n - length))
 
 
 def load(data="pysrc", tokenizer="byte", vocab_size=4096):
-    """Prepare a corpus if need be and open it. tokenizer: "byte" or "bpe" (of vocab_size tokens). -> Corpus"""
-    folder, meta = prepare(data, vocab_size if tokenizer == "bpe" else None)
-    dtype = np.uint16 if meta["merges"] else np.uint8
-    train, val = (np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") for split in ("train", "val"))
-    return Corpus(meta["name"], meta, Tokenizer.from_hex(meta["merges"]), train, val)
+    """Return a Corpus, prepared if need be. tokenizer: "byte", or "bpe" of vocab_size tokens.
+
+    Raise InputError if there is no such corpus, or if it is damaged or too small.
+    """
+    with locked_cache():
+        name, files, whole = find_files(data)
+        place = name
+        if Path(data).exists() and data != "pysrc":
+            # Files of one name are many: the folder is named by the path, too.
+            place += "-" + hashlib.sha256(os.fsencode(Path(data).resolve())).hexdigest()[:6]
+        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+                 for file in files]
+        key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+        folder = CACHE / f"{place}-byte"
+        meta = prepare(folder, key, write_bytes, name, files, whole)
+        if tokenizer == "bpe":
+            source, folder = folder, CACHE / f"{place}-bpe{vocab_size}"
+            meta = prepare(folder, meta["sha256"], write_tokens, source, meta, vocab_size)
+        dtype = np.uint16 if meta["merges"] else np.uint8
+        train, val = (np.memmap(folder / f"{split}.bin", dtype, "r") for split in ("train", "val"))
+    return Corpus(name, meta, Tokenizer.from_hex(meta["merges"]), train, val)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Windows: what the models read.
-
-def shuffled(context, block):
-    """The order of a window's tokens with every aligned block of tokens permuted by one fixed permutation: (context,) indices."""
-    rng, order = np.random.default_rng(block), np.arange(block)
-    while block > 1 and (order == np.arange(block)).all():
-        order = rng.permutation(block)
-    return np.arange(context).reshape(-1, block)[:, order].ravel()
-
+# -----------------------------------------------------------------------------------------------
+# Sequences: what the models read.
 
 @functools.lru_cache(maxsize=4)
 def epoch_starts(seed, epoch, length, context):
-    """Where an epoch's windows start: all of the stream in windows that do not overlap, from a random offset, in random order."""
+    """Return where an epoch's sequences start, in random order: all of the stream, once."""
     rng = np.random.default_rng((seed, epoch))
     return rng.integers(context) + context * rng.permutation(length // context - 1)
 
 
-class Windows:
-    """Windows of context tokens of a stream of ids. shuffle: the length of the blocks that are permuted, in tokens.
+def permutation(block):
+    """Return the one order in which blocks of so many tokens are shuffled: (block,)."""
+    rng = np.random.default_rng(block)
+    order = np.arange(block)
+    while block > 1 and (order == np.arange(block)).all():
+        order = rng.permutation(block)
+    return order
 
-    Raises InputError if the stream does not hold two windows, or if shuffle does not divide context.
+
+class Sequences:
+    """Sequences of context tokens of a stream of ids, each block of shuffle tokens permuted.
+
+    Raise InputError if the stream is too short, or if shuffle does not divide context.
     """
 
     def __init__(self, stream, context, shuffle=1):
         if len(stream) < 2 * context:
-            raise InputError(f"a split of {len(stream)} tokens is too small for windows of {context}: take more text or a smaller --context")
-        if shuffle < 1 or context % shuffle:
-            raise InputError(f"blocks of {shuffle} tokens do not divide a window of {context}")
-        self.stream, self.context, self.order = stream, context, shuffled(context, shuffle)
+            raise InputError(f"{len(stream)} tokens are too few for sequences of {context}: take "
+                             "more text, or a smaller --context")
+        if context % shuffle:
+            raise InputError(f"--shuffle: blocks of {shuffle} tokens do not divide a sequence of "
+                             f"{context}")
+        self.stream = stream
+        self.context = context
+        self.order = np.arange(context).reshape(-1, shuffle)[:, permutation(shuffle)].ravel()
 
     def batch(self, seed, step, size):
-        """The windows of a training step, a pure function of its arguments: -> (size, context) int64. Each window once an epoch."""
-        epoch, place = np.divmod(step * size + np.arange(size), len(self.stream) // self.context - 1)
-        starts = [epoch_starts(seed, int(e), len(self.stream), self.context)[p] for e, p in zip(epoch, place)]
+        """Return the sequences of a training step, a pure function of its arguments: (size, T)."""
+        per_epoch = len(self.stream) // self.context - 1
+        epochs, indices = np.divmod(step * size + np.arange(size), per_epoch)
+        starts = [epoch_starts(seed, int(epoch), len(self.stream), self.context)[index]
+                  for epoch, index in zip(epochs, indices, strict=True)]
         return self.stream[np.array(starts)[:, None] + self.order].astype(np.int64)
 
     def spaced(self, count):
-        """Up to count windows that do not overlap, evenly spaced over the stream: -> (count, context) int64. For evaluation."""
-        whole = len(self.stream) // self.context
-        starts = np.linspace(0, whole - 1, min(count, whole), dtype=int) * self.context
+        """Return up to count sequences, evenly spaced over the stream, to evaluate on: (N, T)."""
+        total = len(self.stream) // self.context
+        starts = np.linspace(0, total - 1, min(count, total), dtype=int) * self.context
         return self.stream[starts[:, None] + self.order].astype(np.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-def show(data, vocab_size):
-    """Print the sizes of a corpus and how both tokenizers cut a piece of its validation text."""
-    corpora = {"byte": load(data, "byte"), f"bpe {vocab_size}": load(data, "bpe", vocab_size)}
-    meta = corpora["byte"].meta
-    print(f"{meta['name']}: {meta['documents']:,} documents, {meta['train_bytes']:,} bytes of training text, "
-          f"{meta['val_bytes']:,} of validation, sha256 {meta['sha256'][:16]}...")
-    middle = corpora["byte"].val[len(corpora["byte"].val) // 2:][:4000].tobytes()
-    snippet = b"\n".join(middle.split(b"\n")[1:4])[:160] or middle[:160]
-    for label, corpus in corpora.items():
-        ids = corpus.tokenizer.encode(snippet)
-        cut = "|".join(corpus.tokenizer.decode([i]).decode("utf-8", "backslashreplace") for i in ids)
-        print(f"\n{label}: {len(corpus.train):,} training tokens of {corpus.meta['bytes_per_token']:.3f} bytes\n{cut}")
-
-
-def bench(data, vocab_size):
-    """Print how fast the BPE trains and encodes on 30 MB, and what a batch costs beside the training step that it feeds."""
-    import torch, model
-    folder, meta = prepare(data)
-    with open(folder / "train.bin", "rb") as file:
-        text = file.read(30_000_000)
-    began = time.perf_counter()
-    tokenizer = Tokenizer(train_bpe(text, vocab_size))
-    trained = time.perf_counter()
-    ids = tokenizer.encode(text)
-    encoded = time.perf_counter()
-    assert tokenizer.decode(ids) == text
-    mb = len(text) / 1e6
-    print(f"{meta['name']}, {mb:.1f} MB: a vocabulary of {vocab_size:,} trained in {trained - began:.1f} s, "
-          f"encoded at {mb / (encoded - trained):.1f} MB/s on one core, {len(text) / len(ids):.3f} bytes per token")
-    corpus = load(data, "byte")
-    windows, net = Windows(corpus.train, 512), model.Transformer(model.Config(width=32))
-    draws, steps = [], []
-    for step in range(50):
-        began = time.perf_counter()
-        batch = windows.batch(0, step, 2)
-        draws.append(time.perf_counter() - began)
-        model.nats(net, torch.from_numpy(batch), torch.from_numpy(batch)).mean().backward()
-        steps.append(time.perf_counter() - began)
-    print(f"a batch of 2 windows of 512 bytes: {np.median(draws) * 1e3:.3f} ms, "
-          f"{np.median(draws) / np.median(steps):.2%} of forward and backward at width 32, the smallest and so the worst case")
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Prepare a corpus and show how both tokenizers cut it.")
-    parser.add_argument("--data", default="pysrc", help="pysrc, enwik8, enwik9, c4:SHARDS, slimpajama:SHARDS, or a file or folder")
+    parser = argparse.ArgumentParser(description="Prepare a corpus and show how it is tokenized.",
+                                     usage=argparse.SUPPRESS)
+    parser.add_argument("--data", default="pysrc", help="a corpus by name, or a file or folder")
     parser.add_argument("--vocab", type=int, default=4096, help="tokens in the BPE vocabulary")
-    parser.add_argument("--bench", action="store_true", help="measure the speed of the BPE and of the batches")
-    parser.error = usage_error
     args = parser.parse_args()
-    (bench if args.bench else show)(args.data, args.vocab)
+    try:
+        data = with_shards(args.data, 1)
+        corpora = {"byte": load(data), "bpe": load(data, "bpe", args.vocab)}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    meta, val = corpora["byte"].meta, corpora["byte"].val
+    print(f"{meta['name']}: {meta['documents']:,} documents, {meta['train_bytes']:,} bytes for "
+          f"training, {meta['val_bytes']:,} for validation, sha256 {meta['sha256'][:16]}")
+    text = val[len(val) // 2:][:200].tobytes()
+    for name, corpus in corpora.items():
+        tokens = [corpus.tokenizer.decode([i]) for i in corpus.tokenizer.encode(text)]
+        shown = "|".join(token.decode("utf-8", "backslashreplace") for token in tokens)
+        print(f"\n{name}: {len(corpus.train):,} tokens of {corpus.meta['bytes_per_token']:.3f} "
+              f"bytes\n{shown}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

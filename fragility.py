@@ -1,141 +1,422 @@
-"""Context fragility, put to the test: what becomes of the four cells when local contiguity is taken away, or given back.
+"""Why bytes cost: shuffled order, span masking, and emergent segmentation.
 
-    python scaling.py --study shuffle       # the order of the tokens permuted within blocks of 1 to all bytes of a window
-    python scaling.py --study span          # MDM on bytes, with aligned runs of bytes masked instead of single ones
+    python fragility.py shuffle                 # the order of tokens permuted within blocks
+    python fragility.py span                    # MDM on bytes: runs of bytes masked together
+    python fragility.py segmentation            # entropy of byte models where BPE tokens start
+    python fragility.py shuffle --plot-only     # from results/shuffle.csv alone
 
-Shuffling by one fixed permutation is a bijection: the text keeps its information and its bytes, and loses its contiguity.
+shuffle: one fixed permutation, the same in every aligned block, keeps the information of a text and
+takes away contiguity. It also takes away translation invariance: where the neighbour of a byte went
+depends on the byte's position in its block, which relative positions do not tell.
+
+span: the bound of a span S predicts the S bytes of a run independently of each other. The bound of
+single bytes is shown beside it.
+
+segmentation: AUROC of the entropy of a model's next-byte prediction, as a detector of BPE token
+starts. Any better predictor has a higher one, so compare at equal bits per byte.
 """
+import csv
+import math
+import re
+import sys
+from pathlib import Path
+
 import numpy as np
+import torch
 
+import data
 import run
-from data import nearest_divisor
-from fits import CELLS
-from figures import COLOR, draw, interval, power
+import scaling
+import train_ar
+from run import InputError
+from scaling import COLORS, CONFIGURATIONS, exact
 
-BLOCKS = (1, 2, 4, 8, 16, 32, 64)            # bytes that are permuted among themselves; and the whole window
-SPANS = (1, 2, 4, 8, 16)                     # bytes that are masked together
-DRAWS = 2000                                 # of the errors, for intervals of what is computed from several runs
+BLOCKS = (1, 2, 4, 8, 16, 32, 64)     # bytes that are permuted; the whole sequence is added
+SPANS = (1, 2, 4, 8, 16)              # bytes that are masked together
+BUDGET = {"cpu": 1e12, "mps": 3e13, "cuda": 1e17}
+INTERVAL = 1.645                      # half of a 90% interval, in standard errors
+
+SEQUENCES = 64                        # of validation text that segmentation reads
+POSITIONS = 64                        # in each
+RESAMPLES = 400                       # of the bootstrap over sequences
+BIGRAM_BYTES = 2**25                  # of training text that the bigram model counts
+READINGS = {"ar": "AR", "left": "MDM, from left to right", "bigram": "bigram counts"}
+# The columns of segmentation.csv and entropy.csv. bigram has no budget, width, seed and BPB: 0.
+AREA_COLUMNS = {"reading": str, "vocab_size": int, "auroc": float, "low": float, "high": float,
+                "flops_budget": float, "width": int, "seed": int, "val_bpb": float}
+ENTROPY_COLUMNS = {"byte": int, "start": int, "vocab_size": int, "ar": float, "mdm": float}
 
 
-def interventions(study, corpora, context):
-    """What is to be trained: yields (cell, flags). BPE blocks that come to the same number of tokens are one run."""
+# -----------------------------------------------------------------------------------------------
+# Shuffled order and span masking: runs with a flag.
+
+def levels(study, configuration, corpus, context):
+    """Return the values of --shuffle or --span that a configuration is trained with."""
     if study == "span":
-        yield ("mdm", "bpe"), {}
-        yield from ((("mdm", "byte"), {"span": span}) for span in SPANS)
-        return
-    for cell in CELLS:
-        corpus, seen = corpora[cell[1]], set()
-        for block in sorted({*(block for block in BLOCKS if block < context), context}):
-            tokens = corpus.shuffle_tokens(block, corpus.tokens(context))
-            if tokens not in seen:
-                seen.add(tokens)
-                yield cell, {"shuffle": block}
+        return {("mdm", "byte"): SPANS, ("mdm", "bpe"): (1,)}.get(configuration, ())
+    # BPE permutes whole tokens: blocks that come to the same number of tokens are one run.
+    blocks = {}
+    for block in (*(block for block in BLOCKS if block < context), context):
+        blocks.setdefault(corpus.shuffle_tokens(block, corpus.tokens(context)), block)
+    return list(blocks.values())
 
 
-def summary(rows, key):
-    """Runs that differ in seed alone, as one: -> {(objective, tokenizer, row[key]): (1 + DRAWS,) bits per byte}, the mean first, then
-    draws of it with its error: that of the validation text, and that of the seeds (pooled over a cell; unknown from one seed)."""
+def plan(args, corpora):
+    """Return the settings of the runs of shuffle or span. Raise InputError if blocks don't fit."""
+    known = SPANS if args.study == "span" else [block for block in BLOCKS if block < args.context]
+    if odd := [level for level in known if args.context % level]:
+        raise InputError(f"--context {args.context} is not divisible by {odd[0]}, a length that "
+                         f"{args.study} needs")
+    specs = []
+    for flops in args.budgets:
+        for configuration in CONFIGURATIONS:
+            corpus = corpora[configuration[1]]
+            widths = args.widths or scaling.bracket(configuration[0], flops, 1)
+            for level in levels(args.study, configuration, corpus, args.context):
+                specs += [scaling.settings(configuration, flops, width, seed, args, corpora,
+                                           **{args.study: level})
+                          for width in widths for seed in args.seeds]
+    return specs
+
+
+def summary(rows, flag):
+    """Return {configuration: {level of flag: (bits per byte, half of its 90% interval)}}.
+
+    The mean over seeds, of the best width. The interval is the error of the validation text, which
+    all seeds share, and not that of the seeds.
+    """
     groups = {}
     for row in rows:
-        groups.setdefault((row["objective"], row["tokenizer"], row[key]), []).append(row)
-    spread = {}                                               # variance over seeds, of each cell
-    for cell in CELLS:
-        own = [np.array([row["val_bpb"] for row in group]) for name, group in groups.items() if name[:2] == cell]
-        freedom = sum(len(bpb) - 1 for bpb in own)
-        spread[cell] = sum(((bpb - bpb.mean()) ** 2).sum() for bpb in own) / freedom if freedom else 0.0
-    rng, found = np.random.default_rng(0), {}
-    for name, group in sorted(groups.items()):
-        mean = np.mean([row["val_bpb"] for row in group])
-        error = np.sqrt(np.mean([row["val_bpb_stderr"] ** 2 for row in group]) + spread[name[:2]] / len(group))
-        found[name] = np.concatenate([[mean], mean + error * rng.standard_normal(DRAWS)])
+        key = tuple(row[name] for name in scaling.SETTINGS if name != "seed")
+        groups.setdefault(key, []).append(row)
+    found = {configuration: {} for configuration in CONFIGURATIONS}
+    for group in groups.values():
+        bpb = np.mean([row["val_bpb"] for row in group])
+        errors = np.array([row["val_bpb_stderr"] for row in group], dtype=float)
+        half = INTERVAL * np.sqrt((errors**2).mean())
+        own, level = found[group[0]["objective"], group[0]["tokenizer"]], group[0][flag]
+        own[level] = min(own.get(level, (math.inf, 0)), (bpb, half))
     return found
 
 
-def bars(draws):
-    """Means and half-widths of 90% intervals, for errorbar(): n times (1 + DRAWS,) -> (n,), (n,)"""
-    return [values[0] for values in draws], [1.645 * values[1:].std() for values in draws]
-
-
-def one_budget(rows, study):
-    """The rows of the largest budget, and the budget."""
-    flops = max(row["flops_budget"] for row in rows)
-    seeds = len({row["seed"] for row in rows if row["flops_budget"] == flops})
-    print(f"\n--study {study} at {power(f'{flops:g}')} FLOPs; [90% of the error of the validation text{' and of the seeds' if seeds > 1 else ', one seed'}]")
-    return [row for row in rows if row["flops_budget"] == flops], flops
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-def show_shuffle(rows, out):
-    """Table, claims and results/shuffle.png."""
-    rows, flops = one_budget(rows, "shuffle")
+def shuffle_curves(rows):
+    """Return what the shuffle study shows: [(label, {level: (bpb, half)}, style, colour)]."""
     found = summary(rows, "shuffle")
-    lengths = {(row["tokenizer"], row["shuffle"]): block_bytes(row) for row in rows}
-    blocks = sorted({name[2] for name in found})
-    print(f"\n| bytes in a block | {' | '.join(CELLS.values())} |\n|---|{'---|' * len(CELLS)}")
-    for block in blocks:
-        print(f"| {block} | " + " | ".join(interval(found[(*cell, block)]) if (*cell, block) in found else "" for cell in CELLS) + " |")
-    print("(empty: a block of BPE of as many tokens as the one above, the same run)\n")
-    plain = {cell: found.get((*cell, 1)) for cell in CELLS}
-    for cell, title in CELLS.items():
-        for block in (8, blocks[-1]):
-            if plain[cell] is not None and (*cell, block) in found:
-                print(f"{title}: shuffled within {block} bytes it loses {interval(found[(*cell, block)] - plain[cell], 2)} bits per byte.")
-    if plain["ar", "byte"] is not None and plain["mdm", "byte"] is not None:
-        room = plain["mdm", "byte"] - plain["ar", "byte"]
-        for block in blocks[1:]:
-            if ("ar", "byte", block) in found:
-                share = (found["ar", "byte", block] - plain["ar", "byte"]) / room
-                print(f"AR on bytes, shuffled within {block} bytes, has gone {interval(share, 2)} of the way to MDM on plain bytes.")
+    return [(label, found[key], "s--" if key[1] == "bpe" else "o-", COLORS[key])
+            for key, label in CONFIGURATIONS.items()]
+
+
+def span_curves(rows):
+    """Return what the span study shows, as shuffle_curves does. MDM on BPE is a level line."""
+    byte, bpe = ("mdm", "byte"), ("mdm", "bpe")
+    found = summary(rows, "span")
+    # A model of single bytes has one bound only.
+    single = [row if row["span"] == 1 else
+              row | {"val_bpb": row["val_bpb_span1"], "val_bpb_stderr": row["val_bpb_span1_stderr"]}
+              for row in rows]
+    level_line = {span: value for span in found[byte] for value in found[bpe].values()}
+    return [("MDM, bytes: bound of its spans", found[byte], "o-", COLORS[byte]),
+            ("MDM, bytes: bound of single bytes", summary(single, "span")[byte], "o:", COLORS[byte]),
+            (CONFIGURATIONS[bpe], level_line, "s--", COLORS[bpe])]
+
+
+def show(title, levels_name, curves, path):
+    """Print a table of curves, as shuffle_curves returns them, and draw them into path."""
+    def text(value):
+        bpb, half = value
+        return f"{bpb:.2f} [{bpb - half:.2f}, {bpb + half:.2f}]"
+
+    levels = sorted(set().union(*(values for _, values, _, _ in curves)))
+    lines = [[str(level), *(text(values[level]) if level in values else ""
+                            for _, values, _, _ in curves)] for level in levels]
+    scaling.print_table(title, [levels_name, *(label for label, _, _, _ in curves)], lines)
 
     def paint(axes):
-        ax = axes[0, 0]
-        for cell, title in CELLS.items():
-            own = [name for name in found if name[:2] == cell]
-            x = [lengths[name[1:]] for name in own]
-            mean, error = bars([found[name] for name in own])
-            ax.errorbar(x, mean, error, fmt="s--" if cell[1] == "bpe" else "o-", color=COLOR[cell], markersize=5, capsize=2, label=title)
-        ax.set(xlabel="bytes of text in a block whose order is permuted (1: plain)", ylabel="bits per byte",
-               title=f"order shuffled within blocks, {power(f'{flops:g}')} FLOPs; bars: 90%")
-        ax.legend()
-    draw(out / "shuffle.png", (1, 1), (7.5, 5), paint)
-    print(f"\nfigure: {out / 'shuffle.png'}")
+        for label, values, style, color in curves:
+            x = sorted(values)
+            mean, half = np.array([values[level] for level in x]).reshape(-1, 2).T
+            axes[0, 0].errorbar(x, mean, half, fmt=style, color=color, label=label, capsize=3)
+        axes[0, 0].set(xlabel=levels_name, ylabel="bits per byte; bars: 90%")
+    scaling.draw(path, (1, 1), (7.5, 5), paint, legend_columns=len(curves))
+    print(f"\nfigure: {path}")
 
 
-def block_bytes(row):
-    """The bytes of text in a block: for BPE, whole tokens that divide the window, at this corpus's bytes per token."""
-    if row["tokenizer"] == "byte" or row["shuffle"] == 1:
-        return row["shuffle"]
-    length = row["bytes"] / row["tokens"]
-    return length * nearest_divisor(row["context_tokens"], row["shuffle"] / length)
+def intervene(args):
+    """Run a study of shuffle or span: train what its table lacks, print the table, draw it."""
+    path, specs = args.out / f"{args.study}.csv", []
+    if not args.plot_only:
+        args.budgets = args.budgets or [BUDGET[run.pick_device().type]]
+        specs = plan(args, scaling.load_corpora(args))
+    rows = scaling.train_missing(specs, path, args, Path("runs") / args.study)
+    if args.dry_run:
+        return
+    shown = [row for row in rows if not args.budgets or row["flops_budget"] in args.budgets]
+    if not shown:
+        raise InputError(f"{path} has no finished run to show")
+    scaling.check_alike(shown, path)
+    largest = max(row["flops_budget"] for row in shown)
+    shown = [row for row in shown if row["flops_budget"] == largest]
+    budget, path = f"at {exact(largest)} FLOPs: bits per byte [90%]", path.with_suffix(".png")
+    if args.study == "shuffle":
+        show(f"Order shuffled within blocks (BPE: of whole tokens; empty: the run above), {budget}",
+             "bytes in a block", shuffle_curves(shown), path)
+    else:
+        show(f"Spans of bytes masked together, {budget}", "bytes masked together",
+             span_curves(shown), path)
+    if any(scaling.find(spec, rows) is None for spec in specs):
+        sys.exit(2)
 
 
-def show_span(rows, out):
-    """Table, claims and results/span.png."""
-    rows, flops = one_budget(rows, "span")
-    own = summary(rows, "span")
-    single = summary([row if row["val_bpb_span1"] is None else
-                      row | {"val_bpb": row["val_bpb_span1"], "val_bpb_stderr": row["val_bpb_span1_stderr"]} for row in rows], "span")
-    spans = sorted(name[2] for name in own if name[1] == "byte")
-    plain, bpe = own.get(("mdm", "byte", 1)), own.get(("mdm", "bpe", 1))
-    if plain is None or bpe is None:
-        raise run.InputError("--study span compares with MDM on plain bytes and on BPE, which are not both there")
-    print("\n| bytes masked together | bits per byte, by its own bound | share of the gap to BPE that comes back | bits per byte, single bytes masked |"
-          "\n|---|---|---|---|")
-    for span in spans:
-        values = own["mdm", "byte", span]
-        back = interval((plain - values) / (plain - bpe), 2) if span > 1 else ""
-        print(f"| {span} | {interval(values)} | {back} | {interval(single['mdm', 'byte', span])} |")
-    print(f"| BPE | {interval(bpe)} | | |")
+# -----------------------------------------------------------------------------------------------
+# Emergent segmentation: the readings.
 
-    def paint(axes):
-        ax = axes[0, 0]
-        for draws, style, label in ((own, "o-", "bound of its own spans"), (single, "o:", "bound of single bytes")):
-            mean, error = bars([draws["mdm", "byte", span] for span in spans])
-            ax.errorbar(spans, mean, error, fmt=style, color=COLOR["mdm", "byte"], markersize=5, capsize=2, label=f"MDM, bytes: {label}")
-        ax.axhline(bpe[0], color=COLOR["mdm", "bpe"], linestyle="--", label="MDM, BPE")
-        ax.axhspan(*np.quantile(bpe[1:], (0.05, 0.95)), color=COLOR["mdm", "bpe"], alpha=0.2, linewidth=0)
-        ax.set(xlabel="bytes masked together, in training", ylabel="bits per byte", title=f"span masking, {power(f'{flops:g}')} FLOPs; bars: 90%")
-        ax.legend()
-    draw(out / "span.png", (1, 1), (7.5, 5), paint)
-    print(f"\nfigure: {out / 'span.png'}")
+def auroc(scores, positive):
+    """Return P(the score of a positive is above that of a negative), ties counted as half.
+
+    scores, positive: (n,), positive of bool. nan if all are of one kind. By the sum of ranks (Mann
+    and Whitney 1947).
+    """
+    _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    # Ranks from 1; equal scores share the mean of theirs.
+    ranks = (counts.cumsum() - (counts - 1) / 2)[index]
+    n, m = positive.sum(), (~positive).sum()
+    if n == 0 or m == 0:
+        return math.nan
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def auroc_with_interval(scores, starts, resamples):
+    """Return the AUROC of scores (N, P) for starts (N, P), and its 90% interval: (3,).
+
+    resamples: (R, N), the indices of the sequences in each sample of the bootstrap.
+    """
+    values = [auroc(scores[rows].ravel(), starts[rows].ravel()) for rows in resamples]
+    low, high = np.nanquantile(values, (0.05, 0.95))
+    return auroc(scores.ravel(), starts.ravel()), low, high
+
+
+def token_starts(tokenizer, ids):
+    """Return which of the bytes that ids (N,) spell are the first of a token: (bytes,) bool."""
+    lengths = tokenizer.bytes_per_id[ids]
+    starts = np.zeros(lengths.sum(), dtype=bool)
+    starts[lengths.cumsum() - lengths] = True
+    return starts
+
+
+def entropy(probabilities):
+    """Return the entropy of distributions (..., V), in bits: (...)."""
+    return torch.special.entr(probabilities).sum(dim=-1) / math.log(2)
+
+
+@torch.no_grad()
+def read_ar(model, ids, positions):
+    """Return the entropy of AR's predictions of ids (N, T) at positions (N, P): (N, P), in bits."""
+    inputs, _ = train_ar.corrupt(ids, model.config.vocab_size)
+    found = [entropy(model(part).float().softmax(dim=-1)) for part in inputs.split(16)]
+    return torch.cat(found).gather(1, positions)
+
+
+@torch.no_grad()
+def read_left(model, ids, positions):
+    """Return the same of MDM. Each position and all behind it are masked: it sees what AR sees.
+
+    ids (N, T), positions (N, P) -> (N, P), in bits.
+    """
+    found, T = [], torch.arange(ids.size(1), device=ids.device)
+    for sequence, chosen in zip(ids, positions, strict=True):
+        for part in chosen.split(16):
+            hidden = T >= part[:, None]                                             # (16, T)
+            logits = model(torch.where(hidden, model.config.vocab_size, sequence))  # (16, T, V)
+            logits = logits[torch.arange(len(part)), part]                          # (16, V)
+            found.append(entropy(logits.float().softmax(dim=-1)))
+    return torch.cat(found).view(positions.shape)
+
+
+# objective -> (name of the reading, function)
+READ = {"ar": ("ar", read_ar), "mdm": ("left", read_left)}
+
+
+def bigram_entropy(text):
+    """Return the entropy of the byte after each byte, as counted in text (N,) uint8: (256,)."""
+    pairs = text[:-1].astype(np.int32) * 256 + text[1:]
+    counts = torch.from_numpy(np.bincount(pairs, minlength=256 * 256)).view(256, 256)
+    return entropy(counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+
+
+# -----------------------------------------------------------------------------------------------
+# Emergent segmentation: the study.
+
+def best_runs(folders, budgets):
+    """Return (result, folder) of the best finished byte run of each objective and budget, in order.
+
+    Raise InputError if an objective has none, or if they are of different text or context.
+    """
+    best = {}
+    for folder in folders:
+        result = run.read(folder / "result.json")
+        if result is None or not (folder / "checkpoint.pt").exists():
+            continue
+        plain = result["tokenizer"] == "byte" and result["shuffle"] == result["span"] == 1
+        if plain and (not budgets or result["flops_budget"] in budgets):
+            key = result["objective"], result["flops_budget"]
+            if key not in best or result["val_bpb"] < best[key][0]["val_bpb"]:
+                best[key] = result, folder
+    for objective in READ:
+        if objective not in {key[0] for key in best}:
+            raise InputError(f"there is no finished byte run of {objective} with a checkpoint: "
+                             "train some (python scaling.py), or name their folders with --runs")
+    if len({(result["corpus"]["sha256"], result["context_bytes"])
+            for result, _ in best.values()}) > 1:
+        raise InputError("the runs are of different text or context: name those of one with --runs")
+    return [best[key] for key in sorted(best)]
+
+
+def read_all(runs, byte, sequences, starts, vocab_size, device):
+    """Return the rows of segmentation.csv: the AUROC of the bigram model and of each run.
+
+    runs: as best_runs returns them. byte: a Corpus. sequences, starts (bool): (N, T).
+    """
+    N, T = sequences.shape
+    rng = np.random.default_rng(0)
+    # The same positions for all. Not the first, which has no byte before it.
+    positions = 1 + rng.random((N, T - 1)).argsort(axis=1)[:, :POSITIONS]               # (N, P)
+    resamples = rng.integers(N, size=(RESAMPLES, N))
+    truth = np.take_along_axis(starts, positions, 1)                                    # (N, P)
+
+    table = bigram_entropy(byte.train[:BIGRAM_BYTES])
+    scores = table[np.take_along_axis(sequences, positions - 1, 1)]
+    rows = [["bigram", vocab_size, *auroc_with_interval(scores, truth, resamples), 0, 0, 0, 0]]
+    ids, at = torch.from_numpy(sequences).to(device), torch.from_numpy(positions).to(device)
+    for result, folder in runs:
+        model, _, _ = run.load_model(folder, device)
+        reading, read = READ[result["objective"]]
+        area = auroc_with_interval(read(model, ids, at).cpu().numpy(), truth, resamples)
+        about = [result[key] for key in ("flops_budget", "width", "seed", "val_bpb")]
+        rows.append([reading, vocab_size, *area, *about])
+        print(f"read {folder}", flush=True)
+    return rows
+
+
+def read_line(runs, sequences, starts, vocab_size, device):
+    """Return the rows of entropy.csv: a line of text read by the runs of the largest budgets.
+
+    runs, sequences and starts as in read_all. [] without a line of 20 to 79 printable bytes.
+    """
+    texts = [sequence.astype(np.uint8).tobytes() for sequence in sequences]
+    # Not early in a sequence, where the models know little of the text.
+    pattern, first = re.compile(rb"\n([ -~]{20,79})(?=\n)"), sequences.shape[1] // 4 + 1
+    found = [(n, *match.span(1)) for n, text in enumerate(texts)
+             if (match := pattern.search(text, first))]
+    if not found:
+        return []
+    n, begin, end = found[0]
+    ids = torch.from_numpy(sequences[n:n + 1]).to(device)                               # (1, T)
+    positions = torch.arange(begin, end, device=device)[None]                           # (1, P)
+    # The runs are in order of budget: the last one of each objective stays.
+    folders = {result["objective"]: folder for result, folder in runs}
+    curves = []
+    for objective, (_, read) in READ.items():
+        model, _, _ = run.load_model(folders[objective], device)
+        curves.append(read(model, ids, positions)[0].tolist())
+    return [[byte, int(start), vocab_size, ar, mdm] for byte, start, ar, mdm in
+            zip(sequences[n, begin:end].tolist(), starts[n, begin:end], *curves, strict=True)]
+
+
+def segment(args):
+    """Run the study of segmentation: read finished runs, print the table, draw a line of text."""
+    areas, line = args.out / "segmentation.csv", args.out / "entropy.csv"
+    if args.dry_run:
+        raise InputError("--dry-run: segmentation trains nothing")
+    if not args.plot_only:
+        runs = best_runs(args.runs or sorted(Path("runs/gap").glob("*")), args.budgets)
+        result, folder = runs[0]
+        byte, T, device = data.load(args.data), result["context_tokens"], run.pick_device()
+        if result["corpus"]["sha256"] != byte.meta["sha256"]:
+            raise InputError(f"{folder} was trained on another text ({result['corpus']['name']}) "
+                             f"than --data {args.data}")
+        bpe = data.load(args.data, "bpe", args.vocab)
+        sequences = data.Sequences(byte.val, T).spaced(SEQUENCES)                       # (N, T)
+        starts = token_starts(bpe.tokenizer, bpe.val)
+        starts = data.Sequences(starts, T).spaced(SEQUENCES) == 1                       # (N, T)
+        args.out.mkdir(parents=True, exist_ok=True)
+        run.write_csv(areas, AREA_COLUMNS,
+                      read_all(runs, byte, sequences, starts, args.vocab, device))
+        run.write_csv(line, ENTROPY_COLUMNS,
+                      read_line(runs, sequences, starts, args.vocab, device))
+    rows, line = read_table(areas, AREA_COLUMNS), read_table(line, ENTROPY_COLUMNS)
+    show_areas(rows)
+    if line:
+        draw_line(args.out / "entropy.png", line)
+        print(f"\nfigure: {args.out / 'entropy.png'}")
+    else:
+        print("\nno line of 20 to 79 printable bytes in the sequences: no entropy.png")
+
+
+def read_table(path, columns):
+    """Return the rows of a table of segmentation. Raise InputError if it is missing or bad."""
+    if not path.exists():
+        raise InputError(f"there is no {path}: python fragility.py segmentation makes it")
+    try:
+        with open(path, newline="") as file:
+            return [{key: kind(line[key]) for key, kind in columns.items()}
+                    for line in csv.DictReader(file)]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise InputError(f"{path} is corrupt ({type(error).__name__}: {error})") from None
+
+
+def show_areas(rows):
+    """Print the table of AUROC."""
+    lines = []
+    for reading, title in READINGS.items():
+        own = [row for row in rows if row["reading"] == reading]
+        for row in sorted(own, key=lambda row: row["flops_budget"]):
+            model = [exact(row["flops_budget"]), f"{row['val_bpb']:.3f}"]
+            area = f"{row['auroc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            lines.append([title, *(["", ""] if reading == "bigram" else model), area])
+    sizes = ", ".join(sorted({f"{row['vocab_size']:,}" for row in rows}))
+    scaling.print_table("AUROC of the entropy of the next byte, for token starts of a BPE of "
+                        f"{sizes} [90% of bootstrap samples of the sequences]",
+                        ["reading", "FLOPs", "bits per byte", "AUROC"], lines)
+
+
+def draw_line(path, line):
+    """Draw a line of text with the entropy of each byte as bars, AR above it and MDM below it."""
+    # Imported here, since it is slow to import.
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    above, text, below = figure.subplots(3, 1, sharex=True, height_ratios=(6, 1, 6))
+    starts = np.array([row["start"] for row in line]) == 1
+    top = 1.05 * max(max(row["ar"], row["mdm"]) for row in line)
+    for objective, ax in (("ar", above), ("mdm", below)):
+        values, color = np.array([row[objective] for row in line]), COLORS[objective, "byte"]
+        for chosen, alpha in ((starts, 1), (~starts, 0.35)):
+            ax.bar(np.flatnonzero(chosen), values[chosen], color=color, alpha=alpha)
+        ax.set(ylim=(0, top), ylabel="entropy, bits",
+               title=f"{READINGS[READ[objective][0]]}; dark: the first byte of a BPE token")
+    # Every other token has a grey background.
+    text.bar(np.flatnonzero(starts.cumsum() % 2), 1, width=1, color="0.85")
+    text.set(ylim=(0, 1), yticks=[], xticks=[], xlim=(-0.5, len(line) - 0.5))
+    for x, row in enumerate(line):
+        text.text(x, 0.45, chr(row["byte"]), ha="center", va="center", family="monospace",
+                  fontsize=min(14, 750 / len(line)))
+    run.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+# -----------------------------------------------------------------------------------------------
+
+def main():
+    parser = scaling.study_arguments(__doc__)
+    parser.add_argument("study", choices=("shuffle", "span", "segmentation"))
+    parser.add_argument("--runs", type=run.path, nargs="+",
+                        help="run folders that segmentation reads (default: all of runs/gap)")
+    args = parser.parse_args()
+    if args.study == "segmentation":
+        segment(args)
+    elif args.runs:
+        raise InputError("--runs goes with segmentation")
+    else:
+        intervene(args)
+
+
+if __name__ == "__main__":
+    run.run_script(main)

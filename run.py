@@ -1,187 +1,581 @@
-"""What every script shares about a run: errors in one line, files written whole, the run folder, its plan and its report.
+"""What every run needs and no one wants to read twice: flags, processes, plan, log, resume.
 
-    python run.py runs/* [--out cells.png]      # a table of finished runs, and their curves in one figure
+Nothing in this file depends on the objective. A run lives in a folder: checkpoint.pt and log.csv
+while it trains, result.json and loss.png at its end.
 """
 import argparse
+import contextlib
 import csv
-import io
-import itertools
+import gc
 import json
+import math
 import os
+import pickle
+import signal
 import sys
+import time
+import zipfile
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-class InputError(ValueError):
-    """Bad input. The scripts show it as one line on stderr and exit with status 2."""
+from bpe import Tokenizer
+from data import InputError
+from model import Config, Transformer, flops_per_token, head_dim, seconds_per_call
+
+try:
+    import fcntl
+except ImportError:
+    # Windows has no such lock: there, nothing keeps two runs out of one folder.
+    fcntl = None
+
+DEFAULT_FLOPS = {"cpu": 3e12, "mps": 1e14, "cuda": 1e16}          # a minute or two
+COMPILE_FROM = {"cpu": 1e13, "mps": math.inf, "cuda": 1e15}       # FLOPs that pay for compiling
+MICRO_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}         # tokens in memory at once
+LOG_ROWS = 200                                                    # in a run, or one a minute
+VALIDATIONS = 8                                                   # in a run
+SAVE_SECONDS = 60                                                 # between two checkpoints
+BAR_SECONDS = 0.5 if sys.stderr and sys.stderr.isatty() else 30   # between two updates of the bar
+LOG_COLUMNS = ("step", "flops", "bytes", "train_bpb", "val_bpb", "lr", "grad_norm", "seconds")
 
 
-def usage_error(message):
-    """For ArgumentParser.error, which would print the whole usage."""
-    raise InputError(message)
-
+# -----------------------------------------------------------------------------------------------
+# From the command line to a process, and back.
 
 def run_script(main):
-    """Run a script's main(): bad input and failing files end in one line on stderr and status 2, never in a traceback."""
+    """Call main(). Bad input ends in one line on stderr and status 2, not in a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except BrokenPipeError:                                   # whoever read our output has gone, as `| head` does
+    except BrokenPipeError:
+        # Whoever read our output has gone, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (InputError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":                # of the processes of torchrun, one speaks
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        stop("interrupted: the same command resumes from the last checkpoint", 130)
+    except (InputError, OSError) as error:
+        stop(f"error: {error}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        stop("error: out of memory: lower --micro (tokens in memory at once) or --width", 2)
+    if dist.is_initialized():
+        # DDP must be gone before its process group, or it could wait for the group's threads.
+        gc.collect()
+        dist.destroy_process_group()
 
+
+def stop(message, status):
+    """End the process with a line on stderr, which one rank prints for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        # The other ranks may never answer again: don't wait for them.
+        os._exit(status)
+    sys.exit(status)
+
+
+def number(kind, least, most):
+    """Return a type for argparse: numbers of this kind (int or float) from least to most."""
+    def parse(text):
+        value = kind(text) if len(text) < 30 else math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text[:30]} is not from {least:g} to {most:g}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def path(text):
+    """Return a path, for argparse; an empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def make_parser(doc):
+    """Return a parser that is described by a script's docstring and raises InputError."""
+    def fail(message):
+        raise InputError(message)
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.error = fail
+    return parser
+
+
+COUNT = number(int, 1, 2**31)
+
+
+def arguments(doc):
+    """Return the parser of a training script."""
+    parser = make_parser(doc)
+    flag = parser.add_argument
+    flag("--flops", type=number(float, 1, 1e30), help="training budget (default: by device)")
+    flag("--tokenizer", choices=("byte", "bpe"), default="byte")
+    flag("--vocab", type=number(int, 257, 65536), default=4096, help="tokens in the BPE vocabulary")
+    flag("--width", type=number(int, 1, 65536), help="model width (default: by the budget)")
+    flag("--context", type=number(int, 1, 2**20), default=512, help="bytes of text in a sequence")
+    flag("--data", default="pysrc", help="a corpus by name, or a file or folder")
+    flag("--batch", type=COUNT, help="tokens in a batch (default: by the budget)")
+    flag("--micro", type=COUNT, help="tokens in memory at once (default: by device)")
+    flag("--lr", type=number(float, 1e-9, 1e3), help="peak learning rate (default: the tuned one)")
+    flag("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    flag("--shuffle", type=COUNT, default=1, help="permute blocks of this many bytes (1: no)")
+    flag("--out", type=path, help="run folder (default: named by the settings)")
+    flag("--device", help="cpu, cuda or mps (default: the best there is)")
+    flag("--compile", choices=("auto", "on", "off"), default="auto")
+    return parser
+
+
+def pick_device(name=None):
+    """Return the torch.device of this name, or the best there is. Raise InputError if none is."""
+    if name is None:
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        # Before any tensor is made, or all ranks would open the first GPU.
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError):
+        raise InputError(f"--device {name}: there is no such device here") from None
+    if device.type not in MICRO_TOKENS:
+        raise InputError(f"--device {name}: take cpu, cuda or mps")
+    return device
+
+
+def setup(args, learning_rates):
+    """Join the process group if torchrun started this process, and fill in default settings.
+
+    Return (rank, world size, device). Raise InputError for a width that no model can have.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        Config(width=args.width or 64)
+    except ValueError as error:
+        raise InputError(f"--width: {error}") from None
+    if world_size > 1:
+        # The others wait while rank 0 prepares the data, and while it validates.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    if device.type == "cpu":
+        # So that resuming is exact to the bit.
+        torch.use_deterministic_algorithms(True)
+    else:
+        # TF32 for what autocast leaves in float32.
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    args.flops = args.flops or DEFAULT_FLOPS[device.type]
+    args.tuned_lr = learning_rates[args.tokenizer]
+    args.lr = args.lr or args.tuned_lr
+    return rank, world_size, device
+
+
+@contextlib.contextmanager
+def rank_zero_first(rank, world_size):
+    """Let rank 0 run the block first (prepare the data), then the others (find it prepared)."""
+    if rank > 0:
+        try:
+            dist.barrier()
+        except RuntimeError:
+            raise InputError("rank 0 has stopped") from None
+    yield
+    if world_size > 1 and rank == 0:
+        dist.barrier()
+
+
+# -----------------------------------------------------------------------------------------------
+# Before training: the size of the run, its settings, its plan.
+
+def default_width(flops, width_at_1e12):
+    """Return the compute-optimal width of our study: it grows as C^0.35, up to 576 at 1e18."""
+    width = min(width_at_1e12 * (flops / 1e12) ** 0.35, 576 * (flops / 1e18) ** (1 / 6))
+    return head_dim(width) * max(1, round(width / head_dim(width)))
+
+
+def bytes_needed(flops, width, tokenizer, vocab_size, context_bytes):
+    """Return about how many bytes of text a budget reads, a BPE token taken as four bytes."""
+    length = 4 if tokenizer == "bpe" else 1
+    vocab_size = vocab_size if tokenizer == "bpe" else 256
+    config = Config(vocab_size, max(1, context_bytes // length), width)
+    return flops / flops_per_token(config) * length
+
+
+def count_steps(args, default_batch, config):
+    """Return the batch in sequences, and how many steps of it the budget pays for."""
+    batch = max(1, round((args.batch or default_batch) / config.context))
+    steps = int(args.flops // (flops_per_token(config) * batch * config.context))
+    if steps < 1:
+        raise InputError(f"--flops {args.flops:g} does not pay for one step of {batch} sequences: "
+                         "raise it, or lower --width, --batch or --context")
+    return batch, steps
+
+
+def split_batch(args, batch, context, rank, world_size, device):
+    """Return this rank's part of a batch as (rows, again): slices of equal size that fit in memory.
+
+    The last slice may begin with sequences that the one before has read: so many count no more.
+    Raise InputError if the batch has fewer sequences than there are ranks.
+    """
+    if batch < world_size:
+        raise InputError(f"a batch of {batch} sequences is too small for {world_size} processes: "
+                         f"--batch {world_size * context} is the smallest that will do")
+    first, last = rank * batch // world_size, (rank + 1) * batch // world_size
+    fit = max(1, (args.micro or MICRO_TOKENS[device.type]) // context)
+    pieces = math.ceil((last - first) / fit)
+    size = math.ceil((last - first) / pieces)
+    parts = []
+    for start in range(first, last, size):
+        again = max(0, start + size - last)
+        parts.append((slice(start - again, start - again + size), again))
+    return parts
+
+
+def generator(seed, step):
+    """Return the random generator of a step's masks: a pure function of (seed, step)."""
+    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+def describe(objective, args, corpus, config, batch, steps, options):
+    """Return the settings of a run, as its checkpoint and result.json hold them, and its folder."""
+    keys = ("name", "sha256", "train_bytes", "val_bytes", "bytes_per_token")
+    settings = {
+        "objective": objective, "tokenizer": args.tokenizer, "vocab_size": config.vocab_size,
+        "flops_budget": args.flops, "width": config.width, "depth": config.depth,
+        "heads": config.heads, "context_bytes": args.context, "context_tokens": config.context,
+        "batch_tokens": batch * config.context, "steps": steps, "lr": args.lr, "seed": args.seed,
+        "shuffle": args.shuffle, "span": 1, "schedule": None,
+        "corpus": {key: corpus.meta[key] for key in keys}} | options
+    # The default folder is named by the settings, those aside that are as usual.
+    usual = {"vocab": 4096, "context": 512, "batch": None, "lr": args.tuned_lr, "shuffle": 1,
+             "span": 1, "schedule": "linear"}
+    name = f"{objective}-{args.tokenizer}-w{config.width}-c{args.flops:g}-s{args.seed}"
+    name += "".join(f"-{key}{value}" for key, value in vars(args).items()
+                    if value != usual.get(key, value))
+    name += "" if args.data == "pysrc" else f"-{corpus.name}"
+    return settings, args.out or Path("runs") / name.replace("e+", "e")
+
+
+def duration(seconds):
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:,.1f} hours"
+
+
+def print_plan(settings, model, done, seconds_per_step, out):
+    """Print what is going to be trained, and how long it takes at the speed just measured."""
+    s, corpus = settings, settings["corpus"]
+    tokens = s["steps"] * s["batch_tokens"]
+    epochs = tokens * corpus["bytes_per_token"] / corpus["train_bytes"]
+    seconds = (s["steps"] - done) * seconds_per_step
+    speed = s["flops_budget"] / s["steps"] / seconds_per_step
+    resumed = f", {done:,} of them done" if done else ""
+    print(f"model  {s['objective']}, width {s['width']}, depth {s['depth']}: "
+          f"{model.count_params(embedding=False):,} parameters without embeddings\n"
+          f"data   {tokens:,} {s['tokenizer']} tokens of {corpus['name']}: {epochs:.2f} epochs of "
+          f"its {corpus['train_bytes'] / 1e6:,.1f} MB\n"
+          f"steps  {s['steps']:,} of {s['batch_tokens']:,} tokens{resumed}\n"
+          f"time   about {duration(seconds)} at {speed / 1e9:,.0f} GFLOP/s, into {out}", flush=True)
+    if seconds > 3 * 86400:
+        print(f"note   this budget is for a larger machine: what this one does in an hour is "
+              f"--flops {speed * 3600:.0e}", flush=True)
+
+
+def to_device(device, *tensors):
+    """Return tensors on the device, without waiting for it."""
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+
+
+def wrap(model, args, micro_batches, device, world_size):
+    """Return the model to train, compiled and distributed, and the seconds that a step will take.
+
+    Without a compiler that works, --compile auto does without; --compile on is an InputError.
+    """
+    rows, _ = micro_batches[0]
+    size = rows.stop - rows.start
+
+    def measure(net, count):
+        ids = torch.zeros(2, count, model.config.context, dtype=torch.long, device=device)
+        seconds = seconds_per_call(lambda: net(ids[0], ids[1]).sum().backward(), device)
+        model.zero_grad()
+        return seconds / count * size * len(micro_batches)
+
+    def distribute(net):
+        return DistributedDataParallel(net) if world_size > 1 else net
+
+    worth_it = args.compile == "auto" and args.flops >= COMPILE_FROM[device.type]
+    if args.compile == "on" or worth_it:
+        print("compiling", flush=True)
+        try:
+            net = distribute(torch.compile(model, dynamic=False))
+            return net, measure(net, size)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            if args.compile == "on":
+                raise InputError(f"--compile on: no compiler works here: {reason}") from None
+            print(f"note   no compiler works here ({reason}): not compiled", file=sys.stderr)
+    net = distribute(model)
+    return net, measure(net, 1)
+
+
+# -----------------------------------------------------------------------------------------------
+# The run folder.
 
 def write_atomic(path, write):
-    """Call write(file) on a temporary file beside path, then rename: path holds the old content or the new, never half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    for stale in path.parent.glob(f".{path.name}.[0-9]*"):    # of a process that was killed as it wrote
-        try:
-            os.kill(int(stale.suffix[1:]), 0)
-        except (ProcessLookupError, ValueError):
-            stale.unlink(missing_ok=True)
-        except OSError:
-            pass                                              # it lives, and is another user's
+    """Call write(temporary path), then rename: path is never half-written, even after kill -9."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
+        write(temporary)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder: result.json, log.csv, loss.png (and checkpoint.pt, which model.py writes).
+def write_csv(path, columns, rows):
+    """Write a table: rows are sequences of values in the order of columns."""
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+    write_atomic(path, write)
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")        # Okabe and Ito: for all eyes
-LOG_COLUMNS = ("step", "flops", "bytes", "train_bpb", "val_bpb", "lr", "grad_norm", "seconds")
 
-
-def check_same(found, settings, path):
-    """Return found, a result or a checkpoint's settings, if it belongs to these settings; else raise InputError."""
-    for key, value in settings.items():
-        if not isinstance(found, dict) or found.get(key) != value:
-            was = found.get(key) if isinstance(found, dict) else found
-            raise InputError(f"{path} belongs to another run: its {key} is {was}, not {value}; delete it, or take another --out")
+def load_checkpoint(path):
+    """Return the dict in a checkpoint. No code in it is run. Raise what a corrupt one raises."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    missing = {"settings", "merges", "model", "optimizer", "log"} - set(found)
+    if missing or not 0 < found["log"]["step"] <= found["settings"]["steps"]:
+        raise ValueError(f"no checkpoint of ours {missing or ''}")
     return found
 
 
-def read_result(out, settings):
-    """The result.json of a finished run, or None. Raises InputError if it is another run's."""
-    path = out / "result.json"
+def read(path, settings=None):
+    """Return the dict in a checkpoint.pt or a result.json, or None without such a file.
+
+    Raise InputError if it is corrupt, or not of these settings.
+    """
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text())
-    except ValueError:
-        raise InputError(f"{path} is not a result: delete it, or take another --out") from None
-    return check_same(result, settings, path)
+        if path.suffix == ".json":
+            found = had = json.loads(path.read_text())
+            float(found["val_bpb"]), int(found["steps"]), found["corpus"]["name"]
+        else:
+            found = load_checkpoint(path)
+            had = found["settings"]
+    except (ValueError, KeyError, TypeError, EOFError, RuntimeError, AttributeError,
+            zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise InputError(f"{path} is corrupt ({type(error).__name__}: {' '.join(reason)[:80]}): "
+                         "delete it, or change --out") from None
+    for key, value in (settings or {}).items():
+        if had.get(key) != value:
+            raise InputError(f"{path} belongs to another run: its {key} is {had.get(key)}, not "
+                             f"{value}; delete it, or change --out")
+    return found
 
 
-def write_result(out, result):
-    write_atomic(out / "result.json", lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+def load_model(folder, device="cpu"):
+    """Return the model of a run folder, the settings of the run, and its tokenizer.
+
+    Raise InputError if there is none, or if it is not the model that the folder's result is of.
+    """
+    saved = read(folder / "checkpoint.pt")
+    if saved is None:
+        raise InputError(f"there is no {folder / 'checkpoint.pt'}: train a model first")
+    s = saved["settings"]
+    if read(folder / "result.json", s) and saved["log"]["step"] != s["steps"]:
+        raise InputError(f"{folder}: the checkpoint is of step {saved['log']['step']}, the result "
+                         f"of step {s['steps']}: delete result.json and run the command again")
+    if not all(tensor.isfinite().all() for tensor in saved["model"].values()):
+        raise InputError(f"{folder / 'checkpoint.pt'} has weights that are not finite")
+    causal = s["objective"] == "ar"
+    model = Transformer(Config(s["vocab_size"], s["context_tokens"], s["width"], causal))
+    model.load_state_dict(saved["model"])
+    return model.to(device).eval(), s, Tokenizer.from_hex(saved["merges"])
 
 
-def write_table(path, rows, columns):
-    """rows: dicts -> a .csv with these columns"""
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+def lock(folder):
+    """Keep other processes out of a run folder until this one ends, however it ends."""
+    if fcntl is None:
+        return None
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise InputError(f"{folder} is in use by process {file.read()}: wait for it, or change "
+                         "--out") from None
+    except OSError:
+        # A file system without locks.
+        return None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
-def write_log(out, rows):
-    """rows: lists in the order of LOG_COLUMNS, None where nothing was measured -> log.csv"""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([LOG_COLUMNS, *rows])
-    write_atomic(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
+class Log:
+    """All that a run writes, and where an interrupted run resumes. Only rank 0 writes files."""
+
+    def __init__(self, out, settings, flops_per_token, model, optimizer, corpus, rank):
+        self.out = out
+        self.settings = settings
+        self.step_flops = flops_per_token * settings["batch_tokens"]
+        self.model = model
+        self.optimizer = optimizer
+        self.corpus = corpus
+        self.rank = rank
+        # What a checkpoint holds of the log. row_count is set when the speed is known.
+        self.state = {"step": 0, "bytes": 0, "seconds": 0.0, "rows": [], "row_count": 0}
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            self.locked = lock(out)
+        if saved := read(out / "checkpoint.pt", settings):
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            self.state = saved["log"]
+        self.losses = []
+        self.bytes = self.state["bytes"]
+        self.saving = 0.0
+
+    @property
+    def step(self):
+        return self.state["step"]
+
+    def start(self, seconds_per_step):
+        """Choose the steps that are logged: LOG_ROWS, or more so that rows are a minute apart."""
+        steps = self.settings["steps"]
+        # All ranks choose the same steps, by the speed of rank 0.
+        seconds = torch.tensor(steps * seconds_per_step, device=self.model.head.weight.device)
+        if dist.is_initialized():
+            dist.broadcast(seconds, 0)
+        if not self.state["row_count"]:
+            rows = max(LOG_ROWS, seconds.item() / 60)
+            self.state["row_count"] = VALIDATIONS * math.ceil(rows / VALIDATIONS)
+        self.rows = self.spread(self.state["row_count"])
+        self.validations = self.spread(VALIDATIONS) - {steps}
+        self.saved = time.monotonic()
+        self.started = time.perf_counter()
+
+    def spread(self, count):
+        """Return count steps, or all if they are fewer, evenly spread; the last is one of them."""
+        steps = self.settings["steps"]
+        count = min(count, steps)
+        return {math.ceil(steps * i / count) for i in range(1, count + 1)}
+
+    def add(self, loss, ids):
+        """Note a step's loss, without waiting for the device, and the bytes that ids spell."""
+        self.losses.append(loss)
+        self.bytes += int(self.corpus.tokenizer.bytes_per_id[ids].sum())
+
+    def write(self, step, lr, norm, val_bpb):
+        """Add a row for the steps since the last one, and save if it is time. Return its words.
+
+        loss and norm are read here, so an accelerator is waited for here and nowhere else. Raise
+        InputError if one is not finite.
+        """
+        losses = torch.stack(self.losses)                                 # (steps,)
+        if dist.is_initialized():
+            dist.all_reduce(losses)
+        nats = sum(losses.tolist()) * self.settings["batch_tokens"]
+        norm = norm.item()
+        if not math.isfinite(nats + norm):
+            raise InputError(f"the loss is not finite after step {self.step} and up to step "
+                             f"{step}, at learning rate {lr:.3g}: lower --lr")
+        state = self.state
+        train_bpb = nats / math.log(2) / (self.bytes - state["bytes"])
+        state["seconds"] += time.perf_counter() - self.started
+        state["step"] = step
+        state["bytes"] = self.bytes
+        flops = step * self.step_flops
+        row = [step, flops, self.bytes, train_bpb, val_bpb, lr, norm, state["seconds"]]
+        state["rows"].append(row)
+        self.losses = []
+        if self.rank == 0:
+            write_csv(self.out / "log.csv", LOG_COLUMNS, state["rows"])
+            # At most 3% of the time goes into checkpoints, however slow the disk.
+            pause = max(SAVE_SECONDS, 33 * self.saving)
+            if step == self.settings["steps"] or time.monotonic() - self.saved >= pause:
+                self.save()
+        self.started = time.perf_counter()
+        return f"{train_bpb:.3f} BPB, {flops / state['seconds'] / 1e9:,.0f} GFLOP/s"
+
+    def save(self):
+        """Write the checkpoint. Raise OSError if it can't be written whole."""
+        began = time.monotonic()
+        checkpoint = {"settings": self.settings, "merges": self.corpus.meta["merges"],
+                      "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                      "log": self.state}
+        try:
+            write_atomic(self.out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        except RuntimeError:
+            # This is how torch says that the disk is full.
+            raise OSError(f"{self.out / 'checkpoint.pt'}: no space left to write it") from None
+        self.saved = time.monotonic()
+        self.saving = self.saved - began
+
+    def finish(self, bpb, stderr, val_bytes, **more):
+        """Write result.json, then loss.png, and print the result."""
+        rows, seconds = self.state["rows"], self.state["seconds"]
+        rows[-1][LOG_COLUMNS.index("val_bpb")] = bpb
+        write_csv(self.out / "log.csv", LOG_COLUMNS, rows)
+        flops = self.step * self.step_flops
+        result = self.settings | {
+            "flops_spent": flops, "params": self.model.count_params(),
+            "params_non_embedding": self.model.count_params(embedding=False),
+            "tokens": self.step * self.settings["batch_tokens"], "bytes": self.bytes,
+            "val_bpb": bpb, "val_bpb_stderr": stderr, "val_bytes": int(val_bytes),
+            "seconds": seconds, "flops_per_second": flops / seconds,
+            "device": str(self.model.head.weight.device), "torch": torch.__version__} | more
+        text = json.dumps(result, indent=1) + "\n"
+        write_atomic(self.out / "result.json", lambda path: path.write_text(text))
+        print_result(result, self.out)
+        try:
+            plot(self.out / "loss.png", rows)
+        except Exception as error:
+            # Fonts, disks: whatever it is, the result is safe, and a figure is not worth an error.
+            print(f"note   no loss.png: {error}", file=sys.stderr)
 
 
-def plot_logs(path, logs):
-    """logs: {label: rows of log.csv} -> a figure: bits per byte against FLOPs, validation over training (thin)."""
-    from matplotlib.figure import Figure                      # here, since it is slow to import and only this needs it
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+def print_result(r, out):
+    print(f"{r['objective']} on {r['tokenizer']}: {r['val_bpb']:.4f} +- {r['val_bpb_stderr']:.4f} "
+          f"bits per byte on {r['val_bytes']:,} bytes of {r['corpus']['name']}, after "
+          f"{r['flops_spent']:.3g} FLOPs in {duration(r['seconds'])} ({out})")
+
+
+def plot(path, rows):
+    """Draw bits per byte against FLOPs."""
+    # Imported here, since it is slow to import.
+    from matplotlib.figure import Figure
+    figure = Figure(layout="constrained")
     axes = figure.add_subplot(xlabel="training FLOPs", ylabel="bits per byte", xscale="log")
-    columns = [LOG_COLUMNS.index(key) for key in ("flops", "train_bpb", "val_bpb")]
-    for (label, rows), color in zip(logs.items(), itertools.cycle(COLORS)):
-        flops, train, val = zip(*[[row[i] for i in columns] for row in rows])
-        axes.plot(flops, train, color=color, linewidth=0.8, alpha=0.4)
-        axes.plot(*zip(*[(x, y) for x, y in zip(flops, val) if y is not None]), "o-", color=color, markersize=4, label=label or "run")
-    axes.grid(alpha=0.3)
-    axes.legend(title="validation (thin: training)")
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def duration(seconds):
-    """
-    >>> duration(90), duration(7200), duration(4e6)
-    ('1.5 minutes', '2.0 hours', '1.5 months')
-    """
-    for unit, length in (("years", 31.6e6), ("months", 2.63e6), ("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
-
-
-def print_plan(settings, model, done, speed, device, out):
-    """What is going to happen, before it does. done: steps already trained; speed: FLOP/s just measured."""
-    s, corpus = settings, settings["corpus"]
-    tokens, left = s["steps"] * s["batch_tokens"], s["flops_budget"] * (1 - done / s["steps"])
-    text = tokens * corpus["bytes_per_token"]
-    print(f"model  {s['objective']}, width {s['width']}, depth {s['depth']}: {model.params():,} parameters, "
-          f"{model.params(embedding=False):,} without embedding and head")
-    print(f"data   {corpus['name']} as {s['tokenizer']}: {tokens:,} tokens in windows of {s['context_tokens']}, {text / 1e6:,.1f} MB of text, "
-          f"{text / corpus['train_bytes']:.2f} epochs of the {corpus['train_bytes'] / 1e6:,.1f} MB there are")
-    print(f"steps  {s['steps']:,} of {s['batch_tokens']:,} tokens, learning rate {s['lr']:g}, {s['flops_budget']:.3g} FLOPs in all"
-          + (f"; {done:,} steps are done" if done else ""))
-    print(f"time   about {duration(left / speed)} on {device} at the {speed / 1e9:,.0f} GFLOP/s just measured; into {out}", flush=True)
-    if left / speed > 3 * 86400:
-        print(f"note   {duration(left / speed)} is longer than most will wait: this budget is for a GPU. What this device does in "
-              f"an hour is --flops {speed * 3600:.0e}. Starting all the same; Ctrl-C saves and stops.", flush=True)
-
-
-def print_result(result, out):
-    r = result
-    print(f"{r['objective']} on {r['tokenizer']}: {r['val_bpb']:.4f} +- {r['val_bpb_stderr']:.4f} bits per byte on {r['val_bytes']:,} bytes of "
-          f"{r['corpus']['name']} validation text, after {r['flops_spent']:.3g} FLOPs in {duration(r['seconds'])} ({out})")
-    other = "byte" if r["tokenizer"] == "bpe" else "bpe"
-    twin, flops = "mdm" if r["objective"] == "ar" else "ar", f"{r['flops_budget']:g}".replace("e+", "e")
-    print(f"next, the same budget with other tokens or in another order: python train_{r['objective']}.py --tokenizer {other} --flops {flops}, "
-          f"or python train_{twin}.py --tokenizer {r['tokenizer']} --flops {flops}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description="A table of finished runs, and their curves in one figure.")
-    parser.error = usage_error
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--out", type=Path, help="where to draw their curves (.png)")
-    args = parser.parse_args()
-    logs = {}
-    print("| run | parameters without embeddings | tokens | FLOPs | bits per byte (validation) |\n|---|---|---|---|---|")
-    for folder in args.runs:
-        result = read_result(folder, {})
-        if result is None:
-            raise InputError(f"{folder} holds no finished run")
-        print(f"| {folder.name} | {result['params_non_embedding']:,} | {result['tokens']:,} | {result['flops_spent']:.3g} | "
-              f"{result['val_bpb']:.3f} +- {result['val_bpb_stderr']:.3f} |")
-        rows = list(csv.DictReader(open(folder / "log.csv")))
-        logs[f"{result['objective'].upper()} {result['tokenizer']}: {result['val_bpb']:.3f}"] = \
-            [[float(row[key]) if row[key] else None for key in LOG_COLUMNS] for row in rows]
-    if args.out:
-        plot_logs(args.out, logs)
-
-
-if __name__ == "__main__":
-    run_script(main)
+    axes.plot([row[1] for row in rows], [row[3] for row in rows], linewidth=0.8, label="training")
+    validated = [row for row in rows if row[4] is not None]
+    axes.plot([row[1] for row in validated], [row[4] for row in validated], "o-",
+              label="validation")
+    axes.legend()
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

@@ -1,23 +1,18 @@
-"""What a trained model writes, fills in, and is surprised by.
+"""Write text with a trained model, fill gaps in a text, or score a text.
 
-    python sample.py                                        # the newest finished run under runs/ writes
-    python sample.py RUN_DIR --prompt "def add(a, b):" --samples 3 --temperature 0.8 --top-p 0.95
-    python sample.py RUN_DIR --steps 64 --watch             # MDM: 64 steps from all MASK to text, in place
-    python sample.py RUN_DIR --infill "def add(a, b):\\n    return ________"      # what AR cannot do
-    python sample.py RUN_DIR --inspect FILE                 # bits per byte of any text, and where they are
-    python sample.py --bench                                # speed, and quality against the number of steps
+    python sample.py                                     # the newest finished run in runs/ writes
+    python sample.py RUN_DIR --prompt "def add(a, b):" --samples 3 --temperature 0.8 --top-k 40
+    python sample.py RUN_DIR --steps 64 --watch          # MDM: from all MASK to text in 64 steps
+    python sample.py RUN_DIR --infill "def add(a, b):\\n    return ________"      # MDM only
+    python sample.py RUN_DIR --score FILE                # the bits of each byte of any file
 
 In --prompt and --infill, \\n is a line end and \\t a tab.
 """
-import argparse
 import codecs
-import itertools
-import json
 import math
 import re
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,326 +20,358 @@ import torch
 import torch.nn.functional as F
 
 import run
-from bpe import Tokenizer
-from model import Cache, Config, Transformer, load_model, pick_device
-from surprise import inspect, printable, token_bits
+import train_ar
+import train_mdm
+from data import InputError
+from model import KVCache
 
-GAP = re.compile(r"_{3,}")                   # in --infill: a gap of as many tokens
-WATCH_SECONDS = 5                            # that --watch takes at least
+GAP = re.compile("_{3,}")         # in --infill: a gap of as many tokens
+MASK_CHARACTER = "\u2591"         # what the terminal shows for MASK
+MASKS = 32                        # random masks of each sequence, to score with an MDM
+BLOCK = 32                        # tokens in a block of --order blocks
+WATCH_SECONDS = 5                 # that --watch takes at least
+CLEAR = "\x1b[H\x1b[2J"           # clears the terminal
+PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}       # of control characters
+PICTURES |= dict.fromkeys(range(127, 160), 0x2421)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Samplers. Logits and ids are on the model's device, as is the generator.
 
-def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Sample ids from logits (..., V): the most likely at temperature 0; of the top_k most likely (0: all); of the fewest that
-    have the probability top_p. -> (...)"""
+def pick(logits, temperature=1.0, top_k=0, generator=None):
+    """Return ids sampled from logits (..., V): (...), int64.
+
+    Temperature 0 takes the most likely id; top_k keeps only the k most likely ids (0: all).
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    if top_p < 1:
-        sorted_logits, order = logits.sort(dim=-1, descending=True)
-        probs = sorted_logits.softmax(dim=-1)
-        out = (probs.cumsum(dim=-1) - probs >= top_p).gather(-1, order.argsort(dim=-1))             # the most likely one always stays
-        logits = logits.masked_fill(out, -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1).flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
+        least = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probabilities = logits.softmax(dim=-1).flatten(0, -2)
+    return torch.multinomial(probabilities, 1, generator=generator).view(logits.shape[:-1])
 
 
 @torch.inference_mode()
-def generate(model, ids, length, cached=True, **how):
-    """AR: yields the next id of each row of ids (B, n), n >= 0, length times: (B,). The model reads START and the text from its
-    window's start; when the window is full, its second half is read again and becomes the first. cached: keep keys and values."""
-    T, start = model.config.context, ids.new_full((len(ids), 1), model.config.vocab_size)
-    text, past = ids, None
-    for _ in range(length):
-        if text.size(1) >= T:
-            text, past = text[:, text.size(1) - T // 2:], None
-        if past is None or not cached:
-            past = Cache(model, len(ids)) if cached else None
-            logits = model(torch.cat([start, text], dim=1), past)[:, -1]
-        else:
-            logits = model(text[:, -1:], past)[:, -1]
-        text = torch.cat([text, pick(logits, **how)[:, None]], dim=1)
-        yield text[:, -1]
+def generate(model, ids, length, **options):
+    """Yield the next ids of texts ids (B, n), n >= 0, from left to right: (B,), length times.
 
-
-@torch.no_grad()
-def fill(model, ids, masked, steps, order="random", order_temperature=0.0, generator=None, **how):
-    """MDM: fill the places masked (T,) of windows ids (B, T) in steps, the others held fixed: yields ids after every step.
-
-    Each step fills its share of what is left, all at once and independently of each other: with as many steps as places the
-    sample is exact for the order. order "random": ancestral sampling, places in uniform random order. "confident": first
-    those whose sampled token is most likely, in nats, plus Gumbel noise times order_temperature.
+    For AR. The model reads BOS and the text. When the context is full, it reads the second half
+    of it again, as if the text began there. options: those of pick.
     """
-    spare = model.config.vocab_size
-    ids = torch.where(masked, spare, ids)
-    rank = torch.rand(ids.shape, generator=generator, device=ids.device)                            # the greatest are next
-    total = int(masked.sum())
-    steps = max(1, min(steps, total))
-    for step in range(steps if total else 0):
-        count = total * (step + 1) // steps - total * step // steps
-        logits = model(ids)                                               # (B, T, V)
-        places = (masked & (ids == spare)).nonzero()[:, 1].view(len(ids), -1)                       # (B, M): as many in every row
-        if order == "confident":
-            logits = logits.gather(1, places[..., None].expand(-1, -1, logits.size(-1)))            # (B, M, V)
-            chosen = pick(logits, generator=generator, **how)
-            sure = logits.gather(-1, chosen[..., None])[..., 0] - logits.logsumexp(dim=-1)
-            noise = -torch.empty_like(sure).exponential_(generator=generator).log()                 # Gumbel
-            next_ones = (sure + order_temperature * noise).topk(count, dim=1).indices               # (B, count)
-            places, chosen = places.gather(1, next_ones), chosen.gather(1, next_ones)
+    context = model.config.context
+    bos = ids.new_full((len(ids), 1), model.config.vocab_size)
+    text, cache = ids, None
+    for _ in range(length):
+        if text.size(1) >= context:
+            text, cache = text[:, text.size(1) - context // 2:], None
+        if cache is None:
+            cache = KVCache(model, len(ids))
+            logits = model(torch.cat([bos, text], dim=1), cache=cache)              # (B, n, V)
         else:
-            places = places.gather(1, rank.gather(1, places).topk(count, dim=1).indices)            # (B, count)
-            chosen = pick(logits.gather(1, places[..., None].expand(-1, -1, logits.size(-1))), generator=generator, **how)
-        ids = ids.scatter(1, places, chosen)
+            logits = model(text[:, -1:], cache=cache)                               # (B, 1, V)
+        chosen = pick(logits[:, -1], **options)                                     # (B,)
+        text = torch.cat([text, chosen[:, None]], dim=1)
+        yield chosen
+
+
+@torch.inference_mode()
+def fill(model, ids, masked, steps, order="random", generator=None, **options):
+    """Fill the positions masked (T,) of sequences ids (B, T); yield the ids after each step.
+
+    For MDM. All other positions are held fixed. Each step fills an equal share of the positions,
+    all at once and independently of each other. order "random" is ancestral sampling: with one
+    position a step it is exact. order "confident" first fills the positions whose sampled token
+    is the most likely. options: temperature and top_k.
+    """
+    special_id = model.config.vocab_size
+    ids = torch.where(masked, special_id, ids)
+    rank = torch.rand(ids.shape, generator=generator, device=ids.device)            # (B, T)
+    total = int(masked.sum())
+    steps = min(steps, total)
+    for step in range(steps):
+        count = total * (step + 1) // steps - total * step // steps
+        logits = model(ids)                                                         # (B, T, V)
+        done = ~masked | (ids != special_id)
+        if order == "random":
+            positions = rank.masked_fill(done, -1).topk(count, dim=1).indices       # (B, count)
+            index = positions[..., None].expand(-1, -1, logits.size(-1))
+            chosen = pick(logits.gather(1, index), generator=generator, **options)
+        else:
+            chosen = pick(logits, generator=generator, **options)                   # (B, T)
+            log_p = logits.float().log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
+            positions = log_p.masked_fill(done, -math.inf).topk(count, dim=1).indices
+            chosen = chosen.gather(1, positions)                                    # (B, count)
+        ids = ids.scatter(1, positions, chosen)
         yield ids
 
 
-def diffuse(model, ids, length, steps, order="random", block=32, **how):
-    """MDM: write length tokens behind each row of ids (B, n): yields the whole text so far, with MASK where it is not yet
-    written, (B, n + length). What fits into one window is filled as a whole in steps; order "blocks", and any longer text, is
-    written block by block from left to right, each with its share of the steps of a window, behind at least half a window."""
-    T, n = model.config.context, ids.size(1)
-    text = torch.cat([ids, ids.new_full((len(ids), length), model.config.vocab_size)], dim=1)
-    whole = order != "blocks" and n + length <= T
-    order, at = "random" if order == "blocks" else order, n
-    while at < n + length:
-        stop = n + length if whole else min(at + max(1, min(block, T // 2)), n + length)
-        begin = max(0, min(at - T // 2, n + length - T))
-        window = text[:, begin:begin + T]                     # what lies behind the block is seen as MASK
-        window = F.pad(window, (0, T - window.size(1)), value=model.config.vocab_size)
-        masked = torch.zeros(T, dtype=torch.bool, device=ids.device)
-        masked[at - begin:stop - begin] = True
-        for window in fill(model, window, masked, steps if whole else max(1, steps * (stop - at) // T), order, **how):
-            text = torch.cat([text[:, :at], window[:, at - begin:stop - begin], text[:, stop:]], dim=1)
+def diffuse(model, ids, length, steps, order="random", block=BLOCK, **options):
+    """Write length tokens behind each of the texts ids (B, n); yield (B, n + length) each step.
+
+    For MDM. What is not yet written is MASK. A text that fits into the context is filled as a
+    whole. A longer text, or any text with order "blocks", is written in blocks from left to
+    right, each with its share of the steps, and at least half a context before it is visible
+    (if the text has as much). steps are those of a whole context.
+    """
+    context, special_id = model.config.context, model.config.vocab_size
+    start, end = ids.size(1), ids.size(1) + length
+    text = F.pad(ids, (0, length), value=special_id)
+    whole = order != "blocks" and end <= context
+    while start < end:
+        stop = end if whole else min(start + min(block, context // 2), end)
+        share = steps if whole else max(1, steps * (stop - start) // context)
+        first = max(0, min(start - context // 2, end - context))
+        sequence = text[:, first:first + context]
+        sequence = F.pad(sequence, (0, context - sequence.size(1)), value=special_id)
+        masked = torch.zeros(context, dtype=torch.bool, device=ids.device)
+        masked[start - first:stop - first] = True
+        inner = "random" if order == "blocks" else order
+        for filled in fill(model, sequence, masked, share, inner, **options):
+            text = text.clone()
+            text[:, start:stop] = filled[:, start - first:stop - first]
             yield text
-        at = stop
+        start = stop
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs.
+# -----------------------------------------------------------------------------------------------
+# Text in and out.
 
-def finished(root):
-    """The finished runs under root that can write, the newest first: [(result, folder)]"""
-    paths = sorted(root.rglob("result.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    found = [(run.read_result(path.parent, {}), path.parent) for path in paths if path.with_name("checkpoint.pt").exists()]
-    found = [(result, folder) for result, folder in found if result["shuffle"] == 1]
-    if not found:
-        raise run.InputError(f"there is no finished run under {root}: train one first, say python train_ar.py")
-    return found
+def encode(tokenizer, raw, device):
+    """Return bytes as token ids: (n,), int64."""
+    return torch.from_numpy(tokenizer.encode(raw).astype(np.int64)).to(device)
 
 
-class Model:
-    """A finished run, ready to write: its network, its tokenizer, its settings. Raises InputError if it is not finished."""
-
-    def __init__(self, folder, device):
-        if not folder.is_dir():
-            raise run.InputError(f"there is no run folder {folder}")
-        if run.read_result(folder, {}) is None:
-            raise run.InputError(f"{folder} holds no finished run: its training command, given again, goes on with it")
-        self.net, self.settings, self.tokenizer = load_model(folder, device)
-        self.folder, self.objective, self.device = folder, self.settings["objective"], device
-        if self.settings["shuffle"] > 1:
-            raise run.InputError(f"{folder} was trained on shuffled text (--shuffle {self.settings['shuffle']}) and can write nothing else")
-        self.title = f"{self.objective.upper()} on {self.settings['tokenizer']}"
-
-    def encode(self, text):
-        return torch.from_numpy(self.tokenizer.encode(text).astype(np.int64)).to(self.device)
-
-    def decode(self, ids, mask="\u2591"):
-        """Ids to text, MASK to a shaded box."""
-        spare = self.net.config.vocab_size
-        return "".join(mask * len(part) if hidden else self.tokenizer.decode(part).decode("utf-8", "replace")
-                       for hidden, group in itertools.groupby(ids.tolist(), key=lambda i: i == spare) for part in [list(group)])
-
-    def cuts(self, raw):
-        """Where BPE tokens start in bytes: by this model's own BPE, or by one in the data folder that was made from the same text."""
-        tokenizer = self.tokenizer
-        if self.settings["tokenizer"] == "byte":
-            for path in sorted(Path("data").glob("*-bpe*/meta.json"), key=lambda path: not path.parent.name.endswith("bpe4096")):
-                meta = json.loads(path.read_text())
-                if meta["sha256"] == self.settings["corpus"]["sha256"]:
-                    tokenizer = Tokenizer.from_hex(meta["merges"])
-                    break
-            else:
-                return np.zeros(len(raw), dtype=bool)
-        return tokenizer.starts(tokenizer.encode(raw))
+def to_bytes(text):
+    r"""Return a --prompt or --infill as bytes. Bytes that are not UTF-8 come through unchanged."""
+    text = text.replace("\\n", "\n").replace("\\t", "\t")
+    return text.encode("utf-8", "surrogateescape")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-def raw_text(text):
-    """--prompt or --infill as bytes; what the shell passed that is no UTF-8 comes back as it was."""
-    return text.replace("\\n", "\n").replace("\\t", "\t").encode("utf-8", "surrogateescape")
+def printable(text):
+    """Return text with pictures of control characters, so that it cannot command the terminal."""
+    return text.translate(PICTURES)
 
 
-def write(model, args, how):
-    """Write from a prompt, as it comes (one sample of AR), step by step (--watch), or all at the end."""
-    prompt = model.encode(raw_text(args.prompt)).expand(args.samples, -1)
-    T, n = model.net.config.context, prompt.size(1)
-    length = args.length or (T - n if n < T else T // 2)
-    if model.objective == "ar":
-        decoder, rows = codecs.getincrementaldecoder("utf-8")("replace"), [prompt]
-        stream = args.samples == 1
-        if stream:
-            print(printable(decoder.decode(model.tokenizer.decode(prompt[0].cpu().numpy()))), end="", flush=True)
-        for ids in generate(model.net, prompt, length, **how):
-            rows.append(ids[:, None])
-            if stream:                                        # bytes that are no whole character yet wait in the decoder
-                print(printable(decoder.decode(model.tokenizer.decode(ids.cpu().numpy()))), end="", flush=True)
-        if stream:
-            print(printable(decoder.decode(b"", final=True)))
-            return
-        texts = torch.cat(rows, dim=1)
-    else:
-        steps, texts = args.steps or T, prompt
-        for texts in diffuse(model.net, prompt, length, steps, args.order, order_temperature=args.order_temperature, **how):
-            watch(model, texts, args, steps)
-    show(model, texts)
+def to_text(tokenizer, ids):
+    """Return token ids (n,) as text for the terminal, with a shaded box for MASK."""
+    raw = b""
+    for i in ids.tolist():
+        raw += MASK_CHARACTER.encode() if i == tokenizer.vocab_size else tokenizer.tokens[i]
+    return printable(raw.decode("utf-8", "replace"))
 
 
-def show(model, texts):
+def show(tokenizer, texts):
+    """Print texts (B, n) of token ids."""
     for i, text in enumerate(texts):
         if len(texts) > 1:
             print(f"--- sample {i + 1} of {len(texts)}")
-        print(printable(model.decode(text)))
+        print(to_text(tokenizer, text))
 
 
-def watch(model, texts, args, steps):
-    """Redraw the first sample in place."""
-    if args.watch and sys.stdout.isatty():
-        print(f"\x1b[H\x1b[2J{printable(model.decode(texts[0]))}", flush=True)
-        time.sleep(WATCH_SECONDS / steps)
+# -----------------------------------------------------------------------------------------------
+# Write and fill in.
+
+def stream(tokenizer, prompt, tokens):
+    """Print a prompt (n,) and each of the tokens (1,) as soon as it is there."""
+    # An incomplete character waits in the decoder for its other bytes.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    print(printable(decoder.decode(tokenizer.decode(prompt.tolist()))), end="", flush=True)
+    for ids in tokens:
+        print(printable(decoder.decode(tokenizer.decode(ids.tolist()))), end="", flush=True)
+    print(decoder.decode(b"", final=True))
 
 
-def infill(model, args, how):
-    """Fill the gaps of a text; what is given stays."""
-    if model.objective == "ar":
-        raise run.InputError(f"{model.folder} is an AR model, which writes from left to right alone: --infill needs an MDM run")
-    text = args.infill
-    gaps = [(m.start(), m.end()) for m in GAP.finditer(text)]
+def watch(tokenizer, texts_by_step, args, steps):
+    """Return the last of texts_by_step, each (B, n). With --watch, show the first text of each."""
+    visible = args.watch and sys.stdout.isatty()
+    for texts in texts_by_step:
+        if visible:
+            print(CLEAR + to_text(tokenizer, texts[0]), flush=True)
+            time.sleep(WATCH_SECONDS / steps)
+    if visible:
+        print(CLEAR, end="")
+    return texts
+
+
+def write(model, tokenizer, args, options):
+    """Print texts that begin with the prompt."""
+    context = model.config.context
+    prompt = encode(tokenizer, to_bytes(args.prompt or ""), args.device)
+    length = args.length
+    if length is None:
+        length = context - len(prompt) if len(prompt) < context else context // 2
+    prompts = prompt.expand(args.samples, -1)                                       # (B, n)
+    if not model.config.causal:
+        steps = args.steps or context
+        texts_by_step = diffuse(model, prompts, length, steps, args.order or "random", **options)
+        show(tokenizer, watch(tokenizer, texts_by_step, args, steps))
+    elif args.samples == 1:
+        stream(tokenizer, prompt, generate(model, prompts, length, **options))
+    else:
+        tokens = torch.stack(list(generate(model, prompts, length, **options)), dim=1)
+        show(tokenizer, torch.cat([prompts, tokens], dim=1))
+
+
+def infill(model, tokenizer, args, options):
+    """Print the text of --infill with its gaps filled; the given bytes stay."""
+    gaps = GAP.findall(args.infill)
     if not gaps:
-        raise run.InputError("--infill has no gap: three underscores or more are one, of as many tokens (or of --gap tokens)")
-    spare, parts, at = model.net.config.vocab_size, [], 0
-    for start, stop in (*gaps, (len(text), len(text))):
-        parts += [model.encode(raw_text(text[at:start])), torch.full(((args.gap or stop - start) if stop > start else 0,), spare, device=model.device)]
-        at = stop
-    ids, T = torch.cat(parts), model.net.config.context
-    if len(ids) > T:
-        raise run.InputError(f"--infill is {len(ids)} tokens long with its gaps, and a window holds {T}")
-    masked = F.pad(ids == spare, (0, T - len(ids)))           # what lies beyond the text is masked in the window, and stays so
-    window = F.pad(ids, (0, T - len(ids)), value=spare).expand(args.samples, -1)
+        raise InputError("--infill has no gap: three underscores or more are a gap of as many "
+                         "tokens")
+    special_id, context = model.config.vocab_size, model.config.context
+    parts = []
+    for given, gap in zip(GAP.split(args.infill), gaps + [""], strict=True):
+        parts.append(encode(tokenizer, to_bytes(given), args.device))
+        parts.append(torch.full((len(gap),), special_id, device=args.device))
+    ids = torch.cat(parts)                                                          # (n,)
+    if len(ids) > context:
+        raise InputError(f"--infill has {len(ids):,} tokens, and the context is {context:,}")
+    # Behind the text the sequence is MASK and stays so.
+    rest = context - len(ids)
+    masked = F.pad(ids == special_id, (0, rest))
+    sequences = F.pad(ids, (0, rest), value=special_id).expand(args.samples, -1)    # (B, T)
     steps = args.steps or int(masked.sum())
-    order = "random" if args.order == "blocks" else args.order
-    for filled in fill(model.net, window, masked, steps, order, args.order_temperature, **how):
-        watch(model, filled[:, :len(ids)], args, steps)
-    show(model, filled[:, :len(ids)])
+    sequences_by_step = fill(model, sequences, masked, steps, args.order or "random", **options)
+    texts_by_step = (texts[:, :len(ids)] for texts in sequences_by_step)
+    show(tokenizer, watch(tokenizer, texts_by_step, args, steps))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it costs.
+# -----------------------------------------------------------------------------------------------
+# Score.
 
-def timed(call):
-    """-> what call returned, seconds"""
-    began = time.perf_counter()
-    value = call()
-    return value, time.perf_counter() - began
+@torch.inference_mode()
+def token_bits(model, ids, masks=MASKS):
+    """Return the bits of each token of a text ids (n,), read in sequences: (n,).
+
+    AR: exact. MDM: the token's part of the bound, by the mean over random masks of each sequence,
+    with the number of masked tokens stratified.
+    """
+    special_id = model.config.vocab_size
+    parts = []
+    for i, sequence in enumerate(ids.split(model.config.context)):
+        if model.config.causal:
+            inputs, weights = train_ar.corrupt(sequence[None], special_id)
+        else:
+            copies = sequence.expand(masks, -1)                                     # (masks, T)
+            inputs, weights = train_mdm.corrupt(copies, special_id, run.generator(0, i))
+        nll = []
+        for piece in inputs.split(16):
+            nll.append(model(piece, sequence.expand(len(piece), -1)))
+        nats = (weights.to(ids.device) * torch.cat(nll)).mean(dim=0)                # (T,)
+        parts.append(nats / math.log(2))
+    return torch.cat(parts)
 
 
-def repeats(raw, n=12):
-    """The share of strings of n bytes that occurred before in the same text."""
-    seen = [raw[i:i + n] for i in range(len(raw) - n + 1)]
-    return 1 - len(set(seen)) / max(1, len(seen))
+def shade(raw, bits):
+    """Return bytes as text for the terminal, each character on white (0 bits) to red (8 bits).
+
+    bits: (len(raw),). A character of several bytes has their mean.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    shaded, start = [], 0
+    for stop in range(1, len(raw) + 1):
+        text = decoder.decode(raw[stop - 1:stop], final=stop == len(raw))
+        if text:
+            pale = round(255 * (1 - min(bits[start:stop].mean(), 8) / 8))
+            text = printable(text).replace("\n", "\x1b[0m\n")
+            shaded.append(f"\x1b[30;48;2;255;{pale};{pale}m{text}\x1b[0m")
+            start = stop
+    return "".join(shaded)
 
 
-def bench(root, device, samples=16, length=1024):
-    """Speed of AR with and without its cache; then, of the best run of each cell, bytes a second, and bits per byte that the best AR
-    byte model gives to its samples."""
-    best = {}
-    for result, folder in finished(root):
-        cell = result["objective"], result["tokenizer"]
-        if result["span"] == 1:
-            best[cell] = min(best.get(cell, (result, folder)), (result, folder), key=lambda pair: pair[0]["val_bpb"])
-    models = {cell: Model(folder, device) for cell, (_, folder) in sorted(best.items())}
-    print(f"{device}, {torch.get_num_threads()} threads\n\n| AR sampling of {length:,} tokens | width | with the cache, tokens/s | without | ratio | "
-          f"{samples} at once, tokens/s | ratio |\n|---|---|---|---|---|---|---|")
-    shapes = [(model.title, model.net.config) for (objective, _), model in models.items() if objective == "ar"]
-    for title, config in [*shapes, ("bytes, a larger shape", Config(width=256))]:
-        net = Transformer(replace(config, context=length)).to(device)     # not trained: only its speed is asked for
-        empty = torch.zeros((samples, 0), dtype=torch.long, device=device)
-        list(generate(net, empty, 8))
-        speeds = [rows * length / timed(lambda: sum(ids.sum().item() for ids in generate(net, empty[:rows], length, cached)))[1]
-                  for rows, cached in ((1, True), (1, False), (samples, True))]
-        print(f"| {title} | {net.config.width} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {speeds[0] / speeds[1]:.1f} | {speeds[2]:,.0f} | "
-              f"{speeds[2] / speeds[0]:.1f} |", flush=True)
-    judge = models.get(("ar", "byte"))
-    if judge is None:
-        return
-    print(f"\n{samples} samples of a window each, at temperature 1 but where greedy; BPB by {judge.folder}, which gives validation text "
-          f"{best['ar', 'byte'][0]['val_bpb']:.3f}\n\n| model | order | steps | bytes/s | BPB by the AR model | strings of 12 bytes that repeat |\n"
-          "|---|---|---|---|---|---|")
-    for (objective, _), model in models.items():
-        T, empty = model.net.config.context, torch.zeros((samples, 0), dtype=torch.long, device=device)
-        steps = sorted({K for K in (1, 4, 16, 64, 256, T) if K <= T})
-        plans = [("left to right", T, {})] if objective == "ar" else [
-            *(("random", K, {}) for K in steps), *(("confident", K, {"order": "confident"}) for K in (16, T)),
-            ("confident, noise 1", T, {"order": "confident", "order_temperature": 1.0}),
-            ("confident, greedy", T, {"order": "confident", "temperature": 0}), ("blocks", T, {"order": "blocks"})]
-        for title, K, how in plans:
-            generator = torch.Generator(device).manual_seed(0)
-            if objective == "ar":
-                ids, seconds = timed(lambda: torch.stack(list(generate(model.net, empty, T, generator=generator)), dim=1))
-            else:
-                (*_, ids), seconds = timed(lambda: list(diffuse(model.net, empty, T, K, generator=generator, **how)))
-            texts = [model.tokenizer.decode(row.cpu().numpy()) for row in ids]
-            bits = sum(token_bits(judge.net, "ar", judge.encode(text)).sum().item() for text in texts)
-            count = sum(map(len, texts))
-            print(f"| {model.title} | {title} | {K} | {count / seconds:,.0f} | {bits / count:.3f} | {np.mean(list(map(repeats, texts))):.1%} |", flush=True)
+def score(model, tokenizer, args):
+    """Print the bits per byte of a file, in a terminal also its text, shaded by them."""
+    if args.score == "-":
+        raw = sys.stdin.buffer.read()
+    elif Path(args.score).is_file():
+        raw = Path(args.score).read_bytes()
+    else:
+        raise InputError(f"--score {args.score}: there is no such file, or it is not a regular one")
+    if not raw:
+        raise InputError(f"--score {args.score}: there is nothing to score")
+    ids = encode(tokenizer, raw, args.device)
+    # A token's bits, in equal parts, are those of its bytes.
+    lengths = tokenizer.bytes_per_id[ids.cpu().numpy()]
+    bits = token_bits(model, ids).cpu().double().numpy()                            # (n,)
+    bits = np.repeat(bits / lengths, lengths)                                       # (bytes,)
+    if sys.stdout.isatty():
+        print(shade(raw, bits))
+    kind = "exact" if model.config.causal else f"a bound, by {MASKS} masks of each sequence"
+    print(f"{bits.mean():.4f} bits per byte ({kind}; {args.run}) on {len(raw):,} bytes")
+
+
+# -----------------------------------------------------------------------------------------------
+# The command.
+
+def newest_run(root):
+    """Return the newest folder under root with a finished run that can be sampled from."""
+    paths = sorted(root.rglob("result.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in paths:
+        try:
+            result = run.read(path)
+        except InputError:
+            continue
+        if result.get("shuffle") == 1 and path.with_name("checkpoint.pt").exists():
+            return path.parent
+    raise InputError(f"there is no finished run under {root}: train one first (train_ar.py)")
+
+
+def temperature(text):
+    """Return the number in text, for argparse. Logits divided by a tiny one would be infinite."""
+    return 0.0 if text in ("0", "0.0") else run.number(float, 0.001, 1000)(text)
+
+
+def parse_arguments():
+    """Return the arguments. Raise InputError for those that do not go together."""
+    parser = run.make_parser(__doc__)
+    flag = parser.add_argument
+    flag("run", type=Path, nargs="?", help="run folder (default: the newest finished in runs/)")
+    flag("--length", type=run.number(int, 1, 100_000), help="tokens (default: a context)")
+    flag("--samples", type=run.number(int, 1, 256), default=1)
+    flag("--temperature", type=temperature, default=1.0, help="0: always the most likely token")
+    flag("--top-k", type=run.number(int, 0, 2**31), default=0, help="of the k likeliest (0: all)")
+    flag("--seed", type=run.number(int, 0, 2**63 - 1), default=0)
+    flag("--steps", type=run.number(int, 1, 100_000), help="MDM: in a context (default: T)")
+    flag("--order", choices=("random", "confident", "blocks"),
+         help="MDM: random (exact, the default), confident first, or blocks from left to right")
+    flag("--watch", action="store_true", help="MDM: show the text as it is filled")
+    flag("--device", help="cpu, cuda or mps (default: the best there is)")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    task.add_argument("--infill", metavar="TEXT", help="MDM: fill its gaps, each ___ or longer")
+    task.add_argument("--score", metavar="FILE", help="the bits of each byte of a file (-: stdin)")
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        unused = args.score is not None and name not in ("run", "score", "device")
+        if unused and value != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} does not go with --score")
+    if args.infill is not None and (args.length or args.order == "blocks"):
+        raise InputError("--length and --order blocks do not go with --infill")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = run.usage_error
-    parser.add_argument("run", type=Path, nargs="?", help="run folder (default: the newest finished one under runs/)")
-    parser.add_argument("--prompt", default="", help="text to go on from")
-    parser.add_argument("--length", type=int, help="tokens to write (default: to the end of a window)")
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely, always")
-    parser.add_argument("--top-k", type=int, default=0, help="of the k most likely tokens (0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="of the fewest tokens with this probability (1: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="MDM: from all MASK to a window of text (default: one a token)")
-    parser.add_argument("--order", choices=("random", "confident", "blocks"), default="random",
-                        help="MDM: places in random order (exact), the most confident first, or blocks from left to right")
-    parser.add_argument("--order-temperature", type=float, default=0.0, help="MDM, --order confident: noise on the order (0: none)")
-    parser.add_argument("--infill", metavar="TEXT", help="MDM: fill the gaps of this text, each three underscores or more, one token an underscore")
-    parser.add_argument("--gap", type=int, help="tokens in each gap, however many underscores")
-    parser.add_argument("--watch", action="store_true", help="MDM: show the text as it resolves, in place")
-    parser.add_argument("--inspect", metavar="FILE", help="bits per byte of a file (-: standard input), and where they are")
-    parser.add_argument("--plot", type=Path, help="with --inspect: draw it (.png)")
-    parser.add_argument("--color", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--bench", action="store_true", help="speed, and quality against steps, of the best run of each cell")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
-    args = parser.parse_args()
-    for name, least in (("length", 1), ("samples", 1), ("temperature", 0), ("top_k", 0), ("top_p", 1e-9), ("seed", 0), ("steps", 1),
-                        ("order_temperature", 0), ("gap", 1)):
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf or name == "top_p" and value > 1:
-            raise run.InputError(f"--{name.replace('_', '-')} is out of range: {value}")
-    if args.plot and not args.inspect:
-        raise run.InputError("--plot goes with --inspect")
-    device = pick_device(args.device)
-    if args.bench:
-        return bench(args.run or Path("runs"), device)
-    model = Model(args.run or finished(Path("runs"))[0][1], device)
-    how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": torch.Generator(device).manual_seed(args.seed)}
-    if args.inspect:
-        inspect(model, args)
+    args = parse_arguments()
+    args.device = run.pick_device(args.device)
+    args.run = args.run or newest_run(Path("runs"))
+    if run.read(args.run / "result.json") is None:
+        raise InputError(f"{args.run} holds no finished run: its training command resumes it")
+    model, settings, tokenizer = run.load_model(args.run, args.device)
+    if settings["shuffle"] > 1:
+        raise InputError(f"{args.run} was trained on shuffled text: it cannot read or write other")
+    for name in ("steps", "order", "watch", "infill"):
+        if model.config.causal and getattr(args, name):
+            raise InputError(f"--{name} is for MDM, and {args.run} is AR: it writes left to right")
+    options = {"temperature": args.temperature, "top_k": args.top_k,
+               "generator": torch.Generator(args.device).manual_seed(args.seed)}
+    if args.score is not None:
+        score(model, tokenizer, args)
     elif args.infill is not None:
-        infill(model, args, how)
+        infill(model, tokenizer, args, options)
     else:
-        write(model, args, how)
+        write(model, tokenizer, args, options)
 
 
 if __name__ == "__main__":

@@ -1,352 +1,659 @@
-"""The study: train the four cells over widths and budgets, fit their laws, and say what bytes cost, and how sure that is.
+"""The study: sweep widths under FLOP budgets, fit scaling laws, plot the efficiency gap of bytes.
 
-    python scaling.py                                       # small budgets, from nothing to figures
-    python scaling.py --budgets 1e13 3e13 --seeds 0 1       # more; what is finished is not trained again
-    python scaling.py --budgets 1e20 --dry-run | parallel -j 8      # or a SLURM array, or xargs
-    python scaling.py --plot-only                           # figures and tables from results/runs.csv alone
-    python scaling.py --study shuffle                       # why: fragility.py and segmentation.py say what these do
+    python scaling.py --out results/mine                        # small budgets, tables and figures
+    python scaling.py --budgets 1e13 3e13 --seeds 0 1           # finished runs are not repeated
+    python scaling.py --budgets 1e20 --dry-run > commands.txt   # for another scheduler
+    python scaling.py --plot-only                               # from results/runs.csv alone
 
-Each run is one command of train_ar.py or train_mdm.py. Finished runs are rows of results/runs.csv, and all that follows is
-computed from those rows (in fits.py; tables and figures are in figures.py).
+Each run is one command of train_ar.py or train_mdm.py. A finished run is a row of results/runs.csv,
+and everything below is computed from those rows.
 """
-import argparse
 import csv
+import ctypes
+import itertools
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
-import figures
-import fragility
+import laws
 import run
-import segmentation
 import train_ar
 import train_mdm
-from fits import CELLS, analyse, fit_law                      # fit_law: others import it from here
-from download import with_shards
-from model import Config, flops_per_byte, h100_hours
+from model import Config, flops_per_token
+from run import InputError
 
-HERE = Path(__file__).resolve().parent
-BUDGETS = {"cpu": (2e10, 6e10, 2e11), "mps": (1e13, 3e13, 1e14), "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
-WHY_BUDGET = {"cpu": 1e12, "mps": 3e13, "cuda": 1e17}         # of the studies shuffle and span
-LADDER = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1344, 1664, 2176)          # widths, N doubled or a bit more at each step
-TRAIN = {"ar": train_ar, "mdm": train_mdm}                    # their rules are ours: widths, and the tuned learning rates and batches
-TUNE_GRID = {("ar", "bpe"): ((0.006, 0.012, 0.024), (1024, 2048, 4096)), ("ar", "byte"): ((0.003, 0.006, 0.012), (512, 1024, 2048)),
-             ("mdm", "bpe"): ((0.00075, 0.0015, 0.003), (160, 320, 512, 1024)), ("mdm", "byte"): ((0.00075, 0.0015, 0.003), (512, 1024, 2048))}
+fit_law = laws.fit_law
+TRAIN = {"ar": train_ar, "mdm": train_mdm}
+CONFIGURATIONS = {("ar", "bpe"): "AR, BPE", ("ar", "byte"): "AR, bytes",
+                  ("mdm", "bpe"): "MDM, BPE", ("mdm", "byte"): "MDM, bytes"}
+# Okabe and Ito's colours, which all eyes can tell apart.
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = dict(zip(CONFIGURATIONS, ("#56B4E9", "#0072B2", "#E69F00", "#D55E00"), strict=True))
+BUDGETS = {"cpu": (2e10, 6e10, 2e11), "mps": (1e13, 3e13, 1e14),
+           "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
+WIDTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1344, 1664, 2176)
+# No frontier is followed beyond these FLOPs.
+FAR = 1e30
+# Where the paper extrapolates parity to.
+PAPER = {"ar": 1e22, "mdm": 4e26}
 
-# What runs.csv holds of a result.json: what sets the run apart, then what came of it.
-SETTINGS = {"objective": str, "tokenizer": str, "vocab_size": int, "flops_budget": float, "width": int, "heads": int, "seed": int,
-            "lr": float, "batch_tokens": int, "context_bytes": int, "context_tokens": int, "shuffle": int, "span": int, "schedule": str, "corpus": str,
-            "sha256": str}
-OUTCOME = {"steps": int, "tokens": int, "bytes": int, "params": int, "params_non_embedding": int, "flops_spent": float, "val_bpb": float,
-           "val_bpb_stderr": float, "val_bpb_span1": lambda text: float(text) if text else None,
-           "val_bpb_span1_stderr": lambda text: float(text) if text else None, "val_bytes": int, "seconds": float, "device": str, "torch": str}
+# The columns of runs.csv. SETTINGS tell runs apart: two rows of equal SETTINGS are one run.
+SETTINGS = {"objective": str, "tokenizer": str, "vocab_size": int, "flops_budget": float,
+            "width": int, "heads": int, "seed": int, "lr": float, "batch_tokens": int,
+            "context_bytes": int, "context_tokens": int, "shuffle": int, "span": int,
+            "schedule": str, "corpus": str, "sha256": str}
+RESULTS = {"steps": int, "tokens": int, "bytes": int, "params": int, "params_non_embedding": int,
+           "flops_spent": float, "val_bpb": float, "val_bpb_stderr": float, "val_bpb_span1": float,
+           "val_bpb_span1_stderr": float, "val_bytes": int, "seconds": float, "device": str,
+           "torch": str}
+COLUMNS = SETTINGS | RESULTS
+# What a row can do without: not every run has them.
+OPTIONAL = {"val_bpb_stderr", "val_bpb_span1", "val_bpb_span1_stderr", "seconds", "device", "torch"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # What is to be trained. A run is a dict of its SETTINGS.
 
-def settings(cell, flops, width, seed, args, corpora, lr=None, batch=None, shuffle=1, span=1):
-    """The settings of a run of a cell, as its result will have them. batch: tokens; lr and batch: the tuned ones, unless given."""
-    corpus, train = corpora[cell[1]], TRAIN[cell[0]]
+def bracket(objective, flops, count=4):
+    """Return the widths around the one that is expected to be best, the wider of two as near."""
+    best = run.default_width(flops, TRAIN[objective].WIDTH)
+    nearest = sorted(WIDTHS, key=lambda width: (abs(math.log(width / best)), -width))
+    return sorted(nearest[:count])
+
+
+def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=None, shuffle=1,
+             span=1, schedule="linear"):
+    """Return the settings of a run, a dict with the keys of SETTINGS, as its row will have them.
+
+    lr and batch (tokens): the tuned ones, unless given. corpora: as load_corpora returns them.
+    Raises InputError for a run that must fail.
+    """
+    objective, tokenizer = configuration
+    corpus, train = corpora[tokenizer], TRAIN[objective]
     tokens = corpus.tokens(args.context)
-    batch = batch or train.batch_rule(flops, cell[1])
-    return {"objective": cell[0], "tokenizer": cell[1], "vocab_size": corpus.tokenizer.vocab_size, "flops_budget": flops, "width": width,
-            "heads": Config(width=width).heads, "seed": seed, "lr": lr or train.LEARNING_RATE[cell[1]],
-            "batch_tokens": tokens * max(1, round(batch / tokens)), "context_bytes": args.context, "context_tokens": tokens,
-            "shuffle": shuffle, "span": span, "schedule": "" if cell[0] == "ar" else "linear", "corpus": corpus.name,
-            "sha256": corpus.meta["sha256"]}
+    batch = batch or train.batch_tokens(flops, tokenizer)
+    try:
+        config = Config(corpus.tokenizer.vocab_size, tokens, width)
+    except ValueError as error:
+        raise InputError(f"--widths {width}: {error}") from None
+    batch_tokens = tokens * max(1, round(batch / tokens))
+    if flops < flops_per_token(config) * batch_tokens:
+        raise InputError(f"{exact(flops)} FLOPs do not pay for one step of "
+                         f"{CONFIGURATIONS[configuration]} at width {width}: raise --budgets, or "
+                         "lower --widths")
+    return {"objective": objective, "tokenizer": tokenizer, "vocab_size": config.vocab_size,
+            "flops_budget": float(flops), "width": width, "heads": config.heads, "seed": seed,
+            "lr": lr or train.LEARNING_RATE[tokenizer], "batch_tokens": batch_tokens,
+            "context_bytes": args.context, "context_tokens": tokens, "shuffle": shuffle,
+            "span": span, "schedule": "" if objective == "ar" else schedule,
+            "corpus": corpus.name, "sha256": corpus.meta["sha256"]}
 
 
-def bracket(cell, flops, count=4):
-    """The widths of the ladder about the best one for the budget."""
-    best = TRAIN[cell[0]].width_rule(flops)
-    return sorted(sorted(LADDER, key=lambda width: abs(math.log(width / best)))[:count])
+def plan(args, corpora):
+    """Return the runs of the study."""
+    return [settings(configuration, flops, width, seed, args, corpora)
+            for flops in args.budgets for configuration in CONFIGURATIONS
+            for width in args.widths or bracket(configuration[0], flops) for seed in args.seeds]
 
 
-def plan_gap(args, corpora):
-    return [settings(cell, flops, width, seed, args, corpora)
-            for flops in args.budgets for cell in CELLS for width in args.widths or bracket(cell, flops) for seed in args.seeds]
+def load_corpora(args):
+    """Return {"byte": Corpus, "bpe": Corpus} of args.data, which is changed to name its shards.
+
+    All runs read the same shards, as many as the run that reads most. A dry run reads one shard, to
+    know how many tokens a sequence has, so its sha256 is not known: None.
+    """
+    needs = [run.bytes_needed(flops, width, tokenizer, args.vocab, args.context)
+             for flops in args.budgets for objective, tokenizer in CONFIGURATIONS
+             for width in args.widths or bracket(objective, flops)]
+    whole = data.with_shards(args.data, max(needs))
+    source = data.with_shards(args.data, 1) if args.dry_run else whole
+    corpora = {tokenizer: data.load(source, tokenizer, args.vocab) for tokenizer in ("byte", "bpe")}
+    if source != whole:
+        for corpus in corpora.values():
+            corpus.meta |= {"name": whole.replace(":", "-"), "sha256": None}
+    args.data = whole
+    return corpora
 
 
-def plan_tune(args, corpora):
-    return [settings(cell, 1e12, 32, seed, args, corpora, lr=lr, batch=batch)
-            for cell, (rates, batches) in TUNE_GRID.items() for lr in rates for batch in batches for seed in args.seeds]
+def short(text):
+    """Return a number without the signs and zeros that Python writes into exponents: "1e4"."""
+    return re.sub(r"e\+0*", "e", text)
 
 
-def plan_why(args, corpora):
-    return [settings(cell, flops, width, seed, args, corpora, **flags)
-            for flops in args.budgets for cell, flags in fragility.interventions(args.study, corpora, args.context)
-            for width in args.widths or bracket(cell, flops, 1) for seed in args.seeds]
+def exact(number):
+    """Return the shortest text that reads back as this number: "1e12"."""
+    return short(f"{number:g}" if float(f"{number:g}") == number else repr(number))
 
 
 def label(spec):
-    text = f"-{spec['corpus']}" if spec["corpus"] != "pysrc" else ""
-    flags = "".join(f"-{key}{spec[key]}" for key in ("shuffle", "span") if spec[key] > 1)
-    return (f"{spec['objective']}-{spec['tokenizer']}-w{spec['width']}-c{spec['flops_budget']:g}-t{spec['context_tokens']}-b{spec['batch_tokens']}"
-            f"-lr{spec['lr']:g}-s{spec['seed']}{flags}{text}").replace("e+", "e")
+    """Return the name of a run's folder."""
+    size = spec["vocab_size"] if spec["tokenizer"] == "bpe" else ""
+    name = (f"{spec['objective']}-{spec['tokenizer']}{size}-w{spec['width']}"
+            f"-c{exact(spec['flops_budget'])}-t{spec['context_bytes']}-b{spec['batch_tokens']}"
+            f"-lr{exact(spec['lr'])}-s{spec['seed']}")
+    name += "".join(f"-{key}{spec[key]}" for key in ("shuffle", "span") if spec[key] > 1)
+    name += f"-{spec['schedule']}" if spec["schedule"] not in ("", "linear") else ""
+    return name if spec["corpus"] == "pysrc" else f"{name}-{spec['corpus']}"
 
 
-def folder(spec, study):
-    return Path("runs") / study / label(spec)
+def command(spec, args, out):
+    """Return the run as arguments of Python."""
+    script = os.path.relpath(Path(__file__).resolve().with_name(f"train_{spec['objective']}.py"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
+    flags = {"tokenizer": spec["tokenizer"], "flops": exact(spec["flops_budget"]),
+             "width": spec["width"], "batch": spec["batch_tokens"], "lr": exact(spec["lr"]),
+             "seed": spec["seed"], "context": spec["context_bytes"], "data": args.data, "out": out}
+    if spec["tokenizer"] == "bpe":
+        flags["vocab"] = spec["vocab_size"]
+    flags |= {key: spec[key] for key in ("shuffle", "span") if spec[key] > 1}
+    if spec["schedule"] not in ("", "linear"):
+        flags["schedule"] = spec["schedule"]
+    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    return [*(launcher if args.nproc > 1 else []), script, *words]
 
 
-def command(spec, args):
-    """The run as arguments of Python."""
-    script = os.path.relpath(HERE / f"train_{spec['objective']}.py")
-    vocab = ["--vocab", spec["vocab_size"]] if spec["tokenizer"] == "bpe" else []
-    flags = [word for key in ("shuffle", "span") if spec[key] > 1 for word in (f"--{key}", spec[key])]
-    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] if args.nproc > 1 else []
-    return list(map(str, [*many, script, "--tokenizer", spec["tokenizer"], *vocab, "--flops", f"{spec['flops_budget']:g}", "--width", spec["width"],
-                          "--batch", spec["batch_tokens"], "--lr", f"{spec['lr']:g}", "--seed", spec["seed"], "--context",
-                          spec["context_bytes"], *flags, "--data", args.data, "--out", folder(spec, args.study)]))
+# -----------------------------------------------------------------------------------------------
+# The table of finished runs. A row is a dict of SETTINGS, RESULTS, and what else its file has.
+
+def parse(line):
+    """Return the row in a line (a dict of texts). Raises ValueError if it is not a result."""
+    if None in line or (line["objective"], line["tokenizer"]) not in CONFIGURATIONS:
+        raise ValueError("it is not a run of ours")
+    row = dict(line)
+    for key, kind in COLUMNS.items():
+        try:
+            row[key] = None if key in OPTIONAL and line[key] == "" else kind(line[key])
+        except ValueError:
+            raise ValueError(f"{key} is {line[key]!r}") from None
+        smallest = 0 if key == "seed" else 1e-12
+        if kind is not str and key not in OPTIONAL and not smallest <= row[key] < math.inf:
+            raise ValueError(f"{key} is {line[key]}")
+    return row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# runs.csv, and the runs that are not in it yet.
+def read_table(path):
+    """Return (lines, rows, faults) of a runs.csv, all empty if there is none.
 
-def row_of(result):
-    """A result.json as a row of runs.csv."""
-    flat = dict.fromkeys(OUTCOME) | result | {"corpus": result["corpus"]["name"], "sha256": result["corpus"]["sha256"], "schedule": result["schedule"] or ""}
-    return {key: flat[key] for key in (*SETTINGS, *OUTCOME)}
+    lines: all that it holds, as dicts of texts. rows: the runs, each once. faults: texts about
+    lines that are no row. Raises InputError if the file is not such a table.
+    """
+    lines, rows, faults, seen = [], [], [], {}
+    if not path.exists():
+        return lines, rows, faults
+    try:
+        with open(path, newline="") as file:
+            table = csv.DictReader(file, restval="")
+            numbered = [(table.line_num, line) for line in table]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a table of runs: {error}") from None
+    if missing := [key for key in COLUMNS if key not in (table.fieldnames or ())]:
+        raise InputError(f"{path} is not a table of runs: it has no column {missing[0]}")
+    for number, line in numbered:
+        lines.append(line)
+        try:
+            row = parse(line)
+        except ValueError as error:
+            faults.append(f"{path}, line {number}, is left out: {error}")
+            continue
+        first = seen.setdefault(settings_of(row), number)
+        if first == number:
+            rows.append(row)
+        else:
+            faults.append(f"{path}, line {number}, is left out: line {first} is the same run")
+    return lines, rows, faults
 
 
-def order(row):
-    return [row[key] for key in SETTINGS]
+def settings_of(row):
+    return tuple(row[key] for key in SETTINGS)
 
 
 def read_rows(path):
-    """The rows of a runs.csv, [] if there is none. Raises InputError if it is not one."""
-    if not path.exists():
-        return []
-    try:
-        with open(path, newline="") as file:
-            return [{key: kind(row[key]) for key, kind in (SETTINGS | OUTCOME).items()} for row in csv.DictReader(file)]
-    except (KeyError, ValueError, TypeError) as error:
-        raise run.InputError(f"{path} is not a table of runs ({type(error).__name__}: {error})") from None
+    """Return the rows of a runs.csv, [] if there is none. Name the lines that are no row."""
+    _, rows, faults = read_table(path)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return rows
 
 
 def write_rows(path, rows):
-    run.write_table(path, sorted(rows, key=order), [*SETTINGS, *OUTCOME])
+    """Write rows as a runs.csv, with all the columns that they have."""
+    columns = [key for key in dict.fromkeys(itertools.chain(COLUMNS, *rows)) if key is not None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run.write_csv(path, columns, [[row.get(key) for key in columns] for row in rows])
+
+
+def add_row(path, row):
+    """Add a row to what the table holds now: another sweep may have added its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        if run.fcntl is not None:
+            run.fcntl.flock(folder, run.fcntl.LOCK_EX)
+        lines, rows, _ = read_table(path)
+        if find(row, rows) is None:
+            write_rows(path, [*lines, row])
+    finally:
+        os.close(folder)
 
 
 def find(spec, rows):
-    return next((row for row in rows if all(row[key] == value for key, value in spec.items())), None)
+    """Return the row of the run with these settings, or None. A setting of None fits all."""
+    wanted = {key: spec[key] for key in SETTINGS if spec[key] is not None}
+    return next((row for row in rows if all(row[key] == wanted[key] for key in wanted)), None)
 
 
-def spent(out):
-    """FLOPs that an unfinished run has behind it, by its log."""
+def finished(spec, out):
+    """Return the row of the result in a run folder, or None if it has no result of this run."""
     try:
-        return float((out / "log.csv").read_text().splitlines()[-1].split(",")[1])
-    except (OSError, ValueError, IndexError):
-        return 0.0
+        result = run.read(out / "result.json")
+    except InputError:
+        return None
+    if result is None:
+        return None
+    row = {key: result.get(key) for key in COLUMNS}
+    row["corpus"] = result["corpus"]["name"]
+    row["sha256"] = result["corpus"]["sha256"]
+    row["schedule"] = row["schedule"] or ""
+    return find(spec, [row])
 
 
-def launch(spec, slot, args):
-    """Start a run on its share of the machine: args.nproc GPUs, or as many threads as each of args.jobs may have. -> Popen"""
-    out, gpus = folder(spec, args.study), torch.cuda.device_count()
-    if gpus:
+def check_alike(rows, path):
+    """Raise InputError if the rows of a table are of different texts, contexts or vocabularies."""
+    bpe = [row for row in rows if row["tokenizer"] == "bpe"]
+    for column, group in (("sha256", rows), ("context_bytes", rows), ("vocab_size", bpe)):
+        kinds = {str(row[column])[:12] for row in group if row[column] is not None}
+        if len(kinds) > 1:
+            raise InputError(f"{path} would mix runs of different {column} "
+                             f"({', '.join(sorted(kinds))}): take another --out")
+
+
+# -----------------------------------------------------------------------------------------------
+# The sweep.
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent():
+    """Ask Linux to send SIGTERM to this process when its parent ends, however it ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def launch(spec, args, out, slot, jobs):
+    """Start a run on GPUs of its own, or on its part of the CPU cores.
+
+    Return its process, and the byte of output.txt at which its output begins.
+    """
+    threads = max(1, (os.cpu_count() or 1) // (jobs * args.nproc))
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        share = {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[slot * args.nproc % gpus:][:args.nproc])}
-    else:
-        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (args.jobs * args.nproc)))}
+        visible = visible.split(",")[:gpus]
+        own = [visible[(slot * args.nproc + i) % gpus] for i in range(args.nproc)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "output.txt", "a") as output:             # in a session of its own, so that a Ctrl-C comes to us alone
-        return subprocess.Popen([sys.executable, *command(spec, args)], env=os.environ | share, stdout=output, stderr=output,
-                                start_new_session=True)
+    with open(out / "output.txt", "ab") as output:
+        begin = output.tell()
+        process = subprocess.Popen([sys.executable, *command(spec, args, out)], env=environment,
+                                   stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                   preexec_fn=end_with_parent if LIBC else None)
+    return process, begin
 
 
-def sweep(missing, rows, path, args):
-    """Train the missing runs, args.jobs at a time, the cheap ones first; each becomes a row of path as it ends. -> what failed"""
-    waiting = sorted(missing, key=lambda spec: spec["flops_budget"])
-    active, failures, done, stop = {}, [], 0.0, []
-    previous = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(desc=f"{len(waiting)} runs", total=sum(spec["flops_budget"] for spec in waiting), disable=not waiting,
-               mininterval=1 if sys.stderr.isatty() else 60,
-               bar_format="{l_bar}{bar}| {n:.2e} of {total:.2e} FLOPs, {elapsed} gone, {remaining} left")
-    with bar:
-        while active or waiting and not stop:
-            while waiting and not stop and len(active) < args.jobs:
-                spec, slot = waiting.pop(0), min(set(range(args.jobs)) - {slot for _, slot in active.values()})
-                active[launch(spec, slot, args)] = spec, slot
+def explain(status, output, begin):
+    """Return in one line why a run failed that ended with this status."""
+    if status < 0:
+        return f"killed by signal {-status}" + (" (out of memory?)" if status == -9 else "")
+    try:
+        text = output.read_bytes()[begin:].decode(errors="replace")
+    except OSError:
+        text = ""
+    # Our own errors, or the last line of a traceback.
+    if errors := re.findall(r"error: .+|^[\w.]+Error: .+", text, re.MULTILINE):
+        return errors[-1].removeprefix("error: ").strip()
+    if status == 0:
+        return f"{output.parent} has no result of this run: was it removed?"
+    return f"ended with status {status}: see {output}"
+
+
+def sweep(specs, path, args, folder):
+    """Train runs, the cheap ones first, args.jobs at a time. Each becomes a row of path as it ends.
+
+    Return a line for each run that failed. However this ends, no run is left behind.
+    """
+    jobs = args.jobs or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // args.nproc)
+    waiting = sorted(specs, key=lambda spec: spec["flops_budget"])
+    free, active, failures, done = list(range(jobs)), {}, [], 0
+    try:
+        while waiting or active:
+            while waiting and free:
+                spec, slot = waiting.pop(0), free.pop(0)
+                out = folder / label(spec)
+                process, begin = launch(spec, args, out, slot, jobs)
+                active[process] = spec, out, slot, begin
             time.sleep(0.2)
             for process in [process for process in active if process.poll() is not None]:
-                spec, _ = active.pop(process)
-                done += spec["flops_budget"]
-                if process.returncode == 0:
-                    rows.append(row_of(run.read_result(folder(spec, args.study), {})))
-                    write_rows(path, rows)
-                elif not stop:
-                    words = (folder(spec, args.study) / "output.txt").read_text().splitlines()
-                    words = [word for word in words if word.startswith("error: ")] or words or [f"ended with status {process.returncode}"]
-                    failures.append(f"{label(spec)}: {words[-1]}")
-            for process in active if stop else ():
-                process.terminate()                           # it ends its step, saves and stops
-                process.wait()
-            bar.update(done + sum(spent(folder(spec, args.study)) for spec, _ in active.values()) - bar.n)
-    for number, handler in previous.items():
-        signal.signal(number, handler)
-    if stop:
-        print("stopped and saved; the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + stop[0])
+                spec, out, slot, begin = active.pop(process)
+                free.append(slot)
+                row = finished(spec, out) if process.returncode == 0 else None
+                if row:
+                    add_row(path, row)
+                else:
+                    reason = explain(process.returncode, out / "output.txt", begin)
+                    failures.append(f"failed: {out.name}: {reason}")
+                done += 1
+                words = f"{row['val_bpb']:.4f} bits per byte" if row else "failed"
+                print(f"{done} of {len(specs)}  {out.name}  {words}", flush=True)
+    finally:
+        for process in active:
+            process.terminate()
+        for process in active:
+            process.wait()
     return failures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What came out.
+def train_missing(specs, path, args, folder):
+    """Train the runs that the table at path lacks, each in a folder of its own inside folder.
 
-def check_alike(rows, source, study):
-    """Raises InputError unless the runs differ only in what the study varies: in cell, budget, width and seed (and in learning rate and
-    batch between cells and budgets); --study shuffle and span in that; --study tune in learning rate and batch."""
-    varied = {"gap": (), "tune": ("lr", "batch_tokens")}.get(study, (study,))
-    for keys in (("sha256",), ("context_bytes",), ("shuffle",), ("span",), ("objective", "schedule"), ("tokenizer", "vocab_size"), ("width", "heads"),
-                 ("objective", "tokenizer", "flops_budget", "lr"), ("objective", "tokenizer", "flops_budget", "batch_tokens")):
-        kinds = Counter(tuple(row[key] for key in keys) for row in rows)
-        groups = Counter(kind[:-1] for kind in kinds)
-        if mixed := [kind for kind in kinds if groups[kind[:-1]] > 1 and keys[-1] not in varied]:
-            found = ", ".join(f"{' '.join(map(str, kind))[:40]} ({kinds[kind]} runs)" for kind in sorted(mixed)[:4])
-            raise run.InputError(f"{source} mixes runs of different {keys[-1]}: {found}; take them apart, or another --out")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = run.usage_error
-    parser.add_argument("--study", choices=("gap", "tune", "shuffle", "span", "segmentation"), default="gap",
-                        help="gap (default); tune: learning rate by batch at 1e12 FLOPs; shuffle, span, segmentation: why")
-    parser.add_argument("--budgets", type=float, nargs="+", help="FLOPs (default: by device)")
-    parser.add_argument("--widths", type=int, nargs="+", help="of every cell (default: four about the best of each cell and budget)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--jobs", type=int, help="runs side by side (default: one a core, or all GPUs)")
-    parser.add_argument("--nproc", type=int, default=1, help="processes of each run, by torchrun: one a GPU (1)")
-    parser.add_argument("--data", default="pysrc", help="pysrc (default), enwik8, enwik9, c4, slimpajama, or a file or folder")
-    parser.add_argument("--vocab", type=int, default=4096, help="tokens in the BPE vocabulary (4096)")
-    parser.add_argument("--context", type=int, default=512, help="bytes of text in a window (512)")
-    parser.add_argument("--out", type=Path, help="folder of runs.csv and the figures (default: results)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs that are missing, and stop")
-    parser.add_argument("--plot-only", action="store_true", help="train nothing: tables and figures of the runs that there are")
-    parser.add_argument("--runs", type=Path, nargs="+", help="of these run folders instead of runs.csv (with --plot-only), or runs/gap (--study segmentation)")
-    args = parser.parse_args()
-    if args.jobs is None:
-        args.jobs = max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // max(1, args.nproc))
-    if min(args.jobs, args.nproc) < 1:
-        raise run.InputError(f"--jobs and --nproc are at least 1, not {args.jobs} and {args.nproc}")
-    if args.runs and not args.plot_only and args.study != "segmentation":
-        raise run.InputError("--runs goes with --plot-only")
-    if args.study == "span" and args.context % max(fragility.SPANS):
-        raise run.InputError(f"--study span masks up to {max(fragility.SPANS)} bytes together, which do not divide a window of {args.context}")
-    if args.study == "shuffle" and (odd := [block for block in fragility.BLOCKS if block < args.context and args.context % block]):
-        raise run.InputError(f"--study shuffle permutes blocks of {odd[0]} bytes, which do not divide a window of {args.context}")
-    for name in ("budgets", "widths", "context"):
-        values = [args.context] if name == "context" else getattr(args, name) or ()
-        if any(not 0 < value < math.inf for value in values):
-            raise run.InputError(f"--{name} takes positive numbers, not {' '.join(map(str, values))}")
-    data.check_vocab(args.vocab)
-    return args
+    Return the rows of the table then. With --dry-run print the commands instead; with --plot-only
+    do nothing. Runs that failed are named on stderr.
+    """
+    rows = read_rows(path)
+    if args.plot_only:
+        return rows
+    check_alike(rows + specs, path)
+    if 0 < torch.cuda.device_count() < args.nproc:
+        raise InputError(f"--nproc {args.nproc}: there are {torch.cuda.device_count()} GPUs")
+    missing = []
+    for spec in specs:
+        # A run may have finished without this sweep, by a line of --dry-run.
+        row = find(spec, rows) or finished(spec, folder / label(spec))
+        if row is None:
+            missing.append(spec)
+        elif row not in rows and not args.dry_run:
+            add_row(path, row)
+    flops = sum(spec["flops_budget"] for spec in missing)
+    note = f"{len(missing)} of {len(specs)} runs to train, {flops:.2g} FLOPs"
+    if args.dry_run:
+        for spec in missing:
+            print("python " + shlex.join(command(spec, args, folder / label(spec))))
+        print(note, file=sys.stderr)
+        return rows
+    print(note, flush=True)
+    for failure in sweep(missing, path, args, folder):
+        print(failure, file=sys.stderr)
+    return read_table(path)[1]
 
 
-def home(args, corpora):
-    """Where runs.csv and the figures go: --out; or results, unless that holds runs on other text, which are not mixed with ours."""
-    if args.out or corpora is None:
-        return args.out or Path("results")
-    meta, ours = corpora["byte"].meta, Path("results") / TABLE["gap" if args.study == "segmentation" else args.study]
-    if any(row["sha256"] != meta["sha256"] for row in read_rows(ours)):
-        aside = Path("results") / f"{meta['name']}-{meta['sha256'][:8]}"
-        print(f"{ours} holds runs on other text than this {meta['name']}: ours go to {aside}", file=sys.stderr)
-        return aside
-    return Path("results")
+# -----------------------------------------------------------------------------------------------
+# The analysis.
+
+def by_the_rules(row):
+    """Return whether a run has today's batch and learning rate, and nothing that others study."""
+    train, tokens = TRAIN[row["objective"]], row["context_tokens"]
+    batch = train.batch_tokens(row["flops_budget"], row["tokenizer"])
+    return (row["batch_tokens"] == tokens * max(1, round(batch / tokens))
+            and row["lr"] == train.LEARNING_RATE[row["tokenizer"]]
+            and row["shuffle"] == row["span"] == 1 and row["schedule"] in ("", "linear"))
 
 
-TABLE = {"gap": "runs.csv", "tune": "tune.csv", "shuffle": "shuffle.csv", "span": "span.csv", "segmentation": "segmentation.csv"}
-PLAN = {"gap": plan_gap, "tune": plan_tune, "shuffle": plan_why, "span": plan_why}
+def analyse(rows):
+    """Fit the laws. Return (budgets, C, found, gaps); the first of each bootstrap is the fit.
+
+    C: budgets of the frontiers (K,). found: {configuration: dict of N, D, L (n,), curves {budget:
+    (N, L, IsoFLOP minimum)} and, if its runs determine a law, laws (1 + S, 5) and frontier
+    (1 + S, K)}. gaps: {objective: dict of bits, compute (1 + S, K) and parity (1 + S,)}.
+    """
+    rows = sorted(rows, key=settings_of)
+    budgets = np.array(sorted({row["flops_budget"] for row in rows}))
+    C = np.unique(np.concatenate([np.geomspace(budgets[0] / 3, FAR, 200), budgets]))
+    found, gaps = {}, {}
+    for seed, configuration in enumerate(CONFIGURATIONS):
+        own = [row for row in rows if (row["objective"], row["tokenizer"]) == configuration]
+        if not own:
+            continue
+        N, D, L, at = (np.array([row[key] for row in own], dtype=float) for key in
+                       ("params_non_embedding", "tokens", "val_bpb", "flops_budget"))
+        curves = {C: (N[at == C], L[at == C], laws.isoflop_minimum(N[at == C], L[at == C]))
+                  for C in sorted(set(at))}
+        one = found[configuration] = {"N": N, "D": D, "L": L, "curves": curves}
+        if len(N) >= 6 and len(curves) >= 2 and laws.determined(N, D):
+            one["laws"] = laws.fit_laws(N, D, L, laws.bootstrap_weights(N, D, seed))
+            shape = own[0]["vocab_size"], own[0]["context_tokens"]
+            one["frontier"] = laws.frontier(one["laws"], C, *shape)
+    fitted = {key: one["frontier"] for key, one in found.items() if "laws" in one}
+    for objective in TRAIN:
+        if {(objective, "byte"), (objective, "bpe")} <= set(fitted):
+            byte, bpe = fitted[objective, "byte"], fitted[objective, "bpe"]
+            seen = C >= budgets[0]
+            gaps[objective] = {"bits": byte - bpe, "compute": laws.gap(byte, bpe, C),
+                               "parity": laws.parity(byte[:, seen], bpe[:, seen], C[seen])}
+    return budgets, C, found, gaps
 
 
-def show_gap(rows, out):
-    found = analyse(sorted(rows, key=order))
-    figures.report(found)
-    figures.plot(out, found)
+# -----------------------------------------------------------------------------------------------
+# The tables, in Markdown.
+
+def interval(values, digits=3):
+    """Return the first of the values, and the 90% interval of the others: "2.51 [2.40, 2.63]"."""
+    def text(value):
+        if np.isinf(value):
+            return "never"
+        return short(f"{value:.0e}") if value >= 1e4 else f"{value:#.{digits}g}".rstrip(".")
+    low, high = np.quantile(values[1:], (0.05, 0.95), method="nearest")
+    return f"{text(values[0])} [{text(low)}, {text(high)}]"
 
 
-SHOW = {"gap": show_gap, "tune": figures.report_tune, "shuffle": fragility.show_shuffle, "span": fragility.show_span}
+def print_table(title, columns, rows):
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
 
 
-def segment(args):
-    """--study segmentation: nothing is trained, finished runs are read."""
-    out = home(args, None if args.plot_only else {"byte": data.load(args.data)})
-    if not args.plot_only:
-        readings, line = segmentation.study(args.runs or sorted(Path("runs/gap").glob("*")), args.data)
-        run.write_table(out / "segmentation.csv", readings, list(segmentation.COLUMNS))
-        run.write_table(out / "entropy.csv", line, list(line[0]) if line else ["byte"])
-    segmentation.show(out)
+def law_row(configuration, one):
+    E, A, B, alpha, beta = one["laws"][0]
+    residuals = one["L"] - E - A * one["N"] ** -alpha - B * one["D"] ** -beta
+    return [CONFIGURATIONS[configuration], str(len(residuals)), *map(interval, one["laws"].T),
+            f"{np.sqrt(np.mean(residuals**2)):.3f}"]
+
+
+def minimum(curve):
+    """Return the minimum of an IsoFLOP curve in words. curve: (N, L, its parabola), or None."""
+    if curve is None:
+        return ""
+    _, L, fit = curve
+    if fit is None:
+        return f"{min(L):.3f} (not bracketed)"
+    return short(f"{fit[1]:.3f} ({fit[0]:.2g})")
+
+
+def gap_rows(objective, gap, budgets, C, top):
+    """Return a row for each budget. top: the largest budget of the byte model."""
+    rows = []
+    for budget, k in zip(budgets, np.searchsorted(C, budgets), strict=True):
+        bits, compute = interval(gap["bits"][:, k]), interval(gap["compute"][:, k])
+        extrapolated = " (extrapolated)" if gap["compute"][0, k] * budget > top else ""
+        rows.append([objective.upper(), exact(budget), bits, compute + extrapolated])
+    return rows
+
+
+def report(budgets, C, found, gaps):
+    """Print the laws, the IsoFLOP minima, the gap and parity."""
+    fitted = {key: one for key, one in found.items() if "laws" in one}
+    print_table("Laws of bits per byte, E + A / N^alpha + B / D^beta, N without embeddings, D in "
+                f"tokens; [90% of {laws.RESAMPLES} bootstrap samples]",
+                ["configuration", "runs", *laws.NAMES, "rms of residuals"],
+                [law_row(*item) for item in fitted.items()])
+    if lacking := [name for key, name in CONFIGURATIONS.items() if key not in fitted]:
+        print(f"\nno law for {'; '.join(lacking)}: that takes six runs, of two budgets, three "
+              "widths and three numbers of tokens")
+    print_table("IsoFLOP minima: bits per byte (parameters without embeddings)",
+                ["configuration", *map(exact, budgets)],
+                [[CONFIGURATIONS[key], *(minimum(one["curves"].get(C)) for C in budgets)]
+                 for key, one in found.items()])
+    if gaps:
+        top = {objective: max(found[objective, "byte"]["curves"]) for objective in gaps}
+        print_table("The gap of bytes, in bits per byte at equal compute, and in compute at equal "
+                    "bits per byte", ["objective", "FLOPs of BPE", "gap in bits", "gap G"],
+                    [row for objective, gap in gaps.items()
+                     for row in gap_rows(objective, gap, budgets, C, top[objective])])
+        print_table(f"Parity of the frontiers, extrapolated up to {exact(FAR)} FLOPs",
+                    ["objective", "FLOPs at parity", "samples without parity"],
+                    [[objective.upper(), interval(gap["parity"], 2),
+                      f"{np.isinf(gap['parity'][1:]).mean():.0%}"]
+                     for objective, gap in gaps.items()])
+
+
+# -----------------------------------------------------------------------------------------------
+# The figures.
+
+def draw(path, shape, size, paint, legend_columns=4, sharex=True, xscale="log"):
+    """Call paint(axes) on a figure of shape (rows, columns) of panels, and write it to path.
+
+    size: in inches, 120 pixels each. All labels go into one legend below the panels.
+    """
+    # Imported here, since it is slow to import.
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(*shape, sharex=sharex, sharey=True, squeeze=False)
+    paint(axes)
+    labels = {}
+    for ax in axes.flat:
+        ax.set_xscale(xscale)
+        ax.grid(alpha=0.3)
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            labels.setdefault(name, handle)
+    if labels:
+        figure.legend(labels.values(), labels.keys(), loc="outside lower center",
+                      ncols=legend_columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def paint_isoflops(axes, found):
+    budgets = sorted({budget for one in found.values() for budget in one["curves"]})
+    colors = dict(zip(budgets, itertools.cycle(OKABE_ITO), strict=False))
+    for (configuration, title), ax in zip(CONFIGURATIONS.items(), axes.flat, strict=True):
+        ax.set(title=title)
+        curves = found[configuration]["curves"] if configuration in found else {}
+        for budget, (N, L, fit) in curves.items():
+            ax.plot(N, L, "o", color=colors[budget], markersize=4, label=f"{exact(budget)} FLOPs")
+            if fit:
+                x = np.geomspace(min(N), max(N))
+                ax.plot(x, fit[2](np.log(x)), color=colors[budget], linewidth=1)
+                ax.plot(fit[0], fit[1], "*", color=colors[budget], markersize=12,
+                        markeredgecolor="black")
+    for ax in axes[-1]:
+        ax.set(xlabel="parameters without embeddings")
+    for ax in axes[:, 0]:
+        ax.set(ylabel="bits per byte (star: minimum)")
+
+
+def band(ax, x, values, trained, color, label):
+    """Draw values (1 + S, K) at x (K,): solid where trained, dotted beyond, with a 90% band."""
+    low, high = np.quantile(values[1:], (0.05, 0.95), axis=0, method="nearest")
+    ax.fill_between(x, low, np.minimum(high, 1e6), color=color, alpha=0.15, linewidth=0)
+    ax.plot(x, values[0], ":", color=color, linewidth=1.5)
+    ax.plot(x[trained], values[0, trained], color=color, linewidth=2.5, label=label)
+
+
+def paint_frontiers(axes, budgets, C, found):
+    ax = axes[0, 0]
+    for configuration, one in found.items():
+        color, curves = COLORS[configuration], one["curves"]
+        for budget, (_, L, fit) in curves.items():
+            ax.plot(budget, fit[1] if fit else min(L), "o" if fit else "v", color=color)
+        if "laws" in one:
+            near = (C >= min(curves)) & (C <= 100 * budgets[-1])
+            band(ax, C[near], one["frontier"][:, near], C[near] <= max(curves), color,
+                 CONFIGURATIONS[configuration])
+    ax.set(xlabel="training FLOPs (dotted: extrapolated)", ylabel="bits per byte, best width",
+           title="dots: IsoFLOP minima (triangles: not bracketed); bands: 90%")
+
+
+def paint_gap(axes, budgets, C, found, gaps):
+    seen = C >= budgets[0]
+    for ax, right, title in zip(axes[0], (30 * budgets[-1], 1e28),
+                                ("near the budgets trained", "far beyond them"), strict=True):
+        for objective, gap in gaps.items():
+            color, name = COLORS[objective, "byte"], objective.upper()
+            G, top = gap["compute"][:, seen], max(found[objective, "byte"]["curves"])
+            trained = (C[seen] <= budgets[-1]) & (C[seen] * G[0] <= top)
+            band(ax, C[seen], G, trained, color, f"{name} (dotted: extrapolated; band: 90%)")
+            ax.plot(PAPER[objective], 1, "X", color=color, markersize=9, linestyle="none",
+                    label=f"{name}, the paper's parity: {exact(PAPER[objective])} FLOPs")
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.set(xlim=(budgets[0], right), ylim=(0.5, 300), yscale="log", title=title,
+               xlabel="training FLOPs of the BPE model")
+    axes[0, 0].set(ylabel="gap: FLOPs of bytes / FLOPs of BPE")
+
+
+def plot(out, budgets, C, found, gaps):
+    """Draw isoflops.png and, if there are laws, frontier.png and gap.png."""
+    draw(out / "isoflops.png", (2, 2), (7.5, 7), lambda axes: paint_isoflops(axes, found), 5)
+    if any("laws" in one for one in found.values()):
+        draw(out / "frontier.png", (1, 1), (7.5, 5),
+             lambda axes: paint_frontiers(axes, budgets, C, found))
+    if gaps:
+        draw(out / "gap.png", (1, 2), (7.5, 4.8), legend_columns=2, sharex=False,
+             paint=lambda axes: paint_gap(axes, budgets, C, found, gaps))
+    print(f"\nfigures: {out}")
+
+
+# -----------------------------------------------------------------------------------------------
+
+def study_arguments(doc):
+    """Return the parser of a study: this one's, and those of fragility.py."""
+    parser = run.make_parser(doc)
+    flag = parser.add_argument
+    flag("--budgets", type=run.number(float, 1, 1e30), nargs="+", help="FLOPs")
+    flag("--widths", type=run.number(int, 1, 65536), nargs="+", help="(default: around the best)")
+    flag("--seeds", type=run.number(int, 0, 2**63 - 1), nargs="+", default=[0])
+    flag("--jobs", type=run.COUNT, help="runs at a time (default: one a core, or all GPUs)")
+    flag("--nproc", type=run.COUNT, default=1, help="processes of a run, by torchrun")
+    flag("--data", default="pysrc", help="a corpus by name, or a file or folder")
+    flag("--vocab", type=run.number(int, 257, 65536), default=4096)
+    flag("--context", type=run.number(int, 1, 2**20), default=512, help="bytes in a sequence")
+    flag("--out", type=run.path, default=Path("results"), help="folder of tables and figures")
+    flag("--dry-run", action="store_true", help="print the commands of missing runs and stop")
+    flag("--plot-only", action="store_true", help="train nothing")
+    return parser
 
 
 def main():
-    args = parse_args()
-    if args.study == "segmentation":
-        return segment(args)
-    failures, plan = [], []
-    if args.plot_only:
-        out = home(args, None)
-        path = out / TABLE[args.study]
-        rows = read_rows(path)
-        if args.runs:
-            results = [run.read_result(folder, {}) or {} for folder in args.runs]
-            if {} in results:
-                raise run.InputError(f"{args.runs[results.index({})]} holds no finished run")
-            rows = list(map(row_of, results))
-        if args.budgets:
-            rows = [row for row in rows if row["flops_budget"] in args.budgets]
-    else:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        args.budgets = {"tune": [1e12]}.get(args.study) or args.budgets or (BUDGETS[device] if args.study == "gap" else [WHY_BUDGET[device]])
-        need = max(flops / flops_per_byte(min(args.widths or bracket(cell, flops)), cell[1], args.vocab, args.context)
-                   for flops in args.budgets for cell in CELLS)
-        # The same shards for all runs. A dry run reads one, to know how many tokens a window has.
-        sample, args.data = with_shards(args.data, 1), with_shards(args.data, need)
-        corpora = {tokenizer: data.load(sample if args.dry_run else args.data, tokenizer, args.vocab) for tokenizer in ("byte", "bpe")}
-        if args.dry_run and sample != args.data:
-            for corpus in corpora.values():
-                corpus.name = args.data.replace(":", "-")
-        out = home(args, corpora)
-        path = out / TABLE[args.study]
-        plan, rows = PLAN[args.study](args, corpora), read_rows(path)
-        for spec in plan:                                     # runs that ended in their folder, but never came to the table
-            result = run.read_result(folder(spec, args.study), {})
-            if result and not find(spec, rows) and find(spec, [row_of(result)]):
-                rows.append(row_of(result))
-        missing = [spec for spec in plan if not find(spec, rows)]
-        if args.dry_run:
-            for spec in missing:
-                print("python " + shlex.join(command(spec, args)))
-            flops = sum(spec["flops_budget"] for spec in missing)
-            print(f"{len(missing)} runs, {flops:.3g} FLOPs: {h100_hours(flops):,.{0 if flops > 1e19 else 3}f} H100-hours at 40% utilisation", file=sys.stderr)
-            return
-        check_alike(rows + plan, path, args.study)
-        print(f"{len(plan)} runs, {len(plan) - len(missing)} of them finished; {sum(spec['flops_budget'] for spec in missing):.2g} FLOPs to go, "
-              f"{args.jobs} runs at a time", flush=True)
-        failures = sweep(missing, rows, path, args)
-        write_rows(path, rows)
-        kept = [row for row in rows if row["flops_budget"] in args.budgets]
-        if len(kept) < len(rows):
-            print(f"{len(rows) - len(kept)} rows of {path} have other budgets: left out (--plot-only takes all)")
-        rows = kept
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    if not rows:
-        raise run.InputError(f"no finished runs in {path}")
-    check_alike(rows, path, args.study)
-    SHOW[args.study](rows, out)
-    sys.exit(1 if failures else 0)
+    args = study_arguments(__doc__).parse_args()
+    path, specs = args.out / "runs.csv", []
+    if not args.plot_only:
+        cuda, mps = torch.cuda.device_count() > 0, torch.backends.mps.is_available()
+        args.budgets = args.budgets or BUDGETS["cuda" if cuda else "mps" if mps else "cpu"]
+        specs = plan(args, load_corpora(args))
+    rows = train_missing(specs, path, args, Path("runs/gap"))
+    if args.dry_run:
+        return
+    failed = [spec for spec in specs if find(spec, rows) is None]
+    kept = [row for row in rows if not args.budgets or row["flops_budget"] in args.budgets]
+    used = [row for row in kept if by_the_rules(row)]
+    if len(used) < len(kept):
+        print(f"{path}: {len(kept) - len(used)} runs of other batches, learning rates or flags are "
+              "left out of the fits", file=sys.stderr)
+    if not used:
+        raise InputError(f"{path} has no finished run to show")
+    check_alike(used, path)
+    found = analyse(used)
+    report(*found)
+    plot(args.out, *found)
+    if failed:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

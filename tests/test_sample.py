@@ -1,290 +1,333 @@
-"""sample.py: the cache against none, samplers against exact distributions, the commands on models trained on real text."""
+"""sample.py: samplers against exact distributions, scores against likelihoods, and the command."""
+import argparse
 import contextlib
 import itertools
+import json
 import math
 import os
 import pty
-import re
 import shutil
 import subprocess
 import sys
-import types
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_one_line, command, execute, here
 
-import model
 import sample
-import surprise
 import train_ar
-from conftest import assert_one_line, command, environment, execute, here
-from test_model import lively
+from model import Config, Transformer
+
+MASK = "\u2591"
 
 
-def net(causal, vocab_size=11, context=12):
-    return lively(model.Config(vocab_size, context, width=32, causal=causal)).eval()
+def random_model(causal, vocab_size=11, context=12):
+    """Return a small model whose predictions are not uniform."""
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab_size, context, width=32, causal=causal)).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.2)
+    return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def chi_squared(ids, probabilities):
+    """Return the statistic of samples ids (n, positions) against a joint (V, V, ...)."""
+    cells = np.ravel_multi_index(ids.numpy().T, probabilities.shape)
+    expected = len(ids) * probabilities.ravel()
+    counts = np.bincount(cells, minlength=len(expected))
+    return ((counts - expected) ** 2 / expected).sum()
+
+
+# -----------------------------------------------------------------------------------------------
 # AR.
 
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", [0, 1, 5, 11, 12, 30])
-def test_cached_logits_are_the_uncached_ones(monkeypatch, prompt):
-    """At every length, and after the window has moved on; the next ids are fixed, so that both read the same text."""
-    ar, ids, next_ids = net(causal=True), torch.randint(11, (3, prompt)), torch.randint(11, (40, 3))
-    seen = {}
-    for cached in (True, False):
-        seen[cached], queue = [], iter(next_ids)
-        monkeypatch.setattr(sample, "pick", lambda logits, **how: (seen[cached].append(logits), next(queue))[1])
-        written = torch.stack(list(sample.generate(ar, ids, 40, cached)))
-        assert torch.equal(written, next_ids)
-    for a, b in zip(seen[True], seen[False], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+def test_generation_with_the_cache_sees_the_logits_of_the_whole_text(monkeypatch, prompt):
+    """Also when the context is full and its second half is read again."""
+    model, text = random_model(causal=True), torch.randint(11, (3, prompt))
+    seen, queue = [], iter(torch.randint(11, (40, 3)))
+    monkeypatch.setattr(sample, "pick", lambda logits: (seen.append(logits), next(queue))[1])
+    bos = torch.full((3, 1), 11)
+    for step, ids in enumerate(sample.generate(model, text.clone(), 40)):
+        text = text if text.size(1) < 12 else text[:, -6:]
+        uncached = model(torch.cat([bos, text], dim=1))[:, -1]
+        torch.testing.assert_close(seen[step], uncached, atol=1e-4, rtol=0)
+        text = torch.cat([text, ids[:, None]], dim=1)
 
 
 @torch.no_grad()
-def test_temperature_zero_is_argmax_decoding():
-    """Also across windows: what is read is START and the text since the window began, whose first half is dropped when it is full."""
-    ar, prompt = net(causal=True), torch.randint(11, (2, 5))
-    written = torch.stack(list(sample.generate(ar, prompt, 30, temperature=0)), dim=1)
-    for row, ids in zip(prompt.tolist(), written.tolist()):
-        text = list(row)
-        for found in ids:
-            if len(text) == 12:
-                text = text[6:]
-            text.append(ar(torch.tensor([[11, *text]]))[0, -1].argmax().item())
-            assert text[-1] == found
-    again = torch.stack(list(sample.generate(ar, prompt, 30, temperature=0)), dim=1)
-    assert torch.equal(written, again)
+def test_the_first_token_has_the_probabilities_of_the_model():
+    model, prompt = random_model(causal=True), torch.tensor([[3, 1, 4]])
+    exact = model(torch.tensor([[11, 3, 1, 4]]))[0, -1].softmax(dim=-1).numpy()
+    generator = torch.Generator().manual_seed(0)
+    ids, = sample.generate(model, prompt.expand(20_000, -1), 1, generator=generator)
+    # 10 degrees of freedom: above 29.6 once in 1,000 times.
+    assert chi_squared(ids[:, None], exact) < 29.6
+    assert chi_squared(ids[:, None], np.roll(exact, 1)) > 100
 
 
-def test_sampling_is_of_the_distribution_that_was_asked_for():
+def test_temperature_and_top_k_reshape_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
-    draw = lambda **how: torch.bincount(sample.pick(logits.expand(40_000, -1), generator=torch.Generator().manual_seed(0), **how), minlength=5) / 40_000
-    for temperature in (0.5, 1.0, 2.0):
-        assert (draw(temperature=temperature) - (logits / temperature).softmax(dim=0)).abs().max() < 0.012
-    assert (draw(top_k=2)[2:] == 0).all() and draw(top_k=2)[0].item() == pytest.approx(1 / (1 + math.exp(-1)), abs=0.012)
-    p = logits.softmax(dim=0)
-    for top_p in (0.01, p[0].item() + 0.01, p[:2].sum().item() + 0.01, 0.999):
-        kept = next(n for n in range(1, 6) if p[:n].sum() >= top_p)
-        found = draw(top_p=top_p)
-        assert (found[:kept] > 0).all() and (found[kept:] == 0).all()
-    assert draw(temperature=0)[0] == 1
+    for options, exact in [({"temperature": 2.0}, (logits / 2).softmax(dim=0)),
+                           ({"temperature": 0.5}, (logits / 0.5).softmax(dim=0)),
+                           ({"top_k": 2}, torch.tensor([1, math.exp(-1), 0, 0, 0]) / 1.36788),
+                           ({"temperature": 0}, torch.tensor([1.0, 0, 0, 0, 0]))]:
+        generator = torch.Generator().manual_seed(0)
+        ids = sample.pick(logits.expand(40_000, -1), generator=generator, **options)
+        assert (torch.bincount(ids, minlength=5) / 40_000 - exact).abs().max() < 0.012
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # MDM.
 
-class TwoTokens:
-    """Hand-made conditionals of two tokens of three kinds, which no one joint distribution has."""
-    config = types.SimpleNamespace(vocab_size=3, context=2)
+@torch.no_grad()
+def test_ancestral_sampling_in_random_order_has_its_exact_joint():
+    """The mean, over all orders, of the product of the model's conditionals."""
+    model = random_model(causal=False, vocab_size=3, context=3)
+    orders = list(itertools.permutations(range(3)))
+    exact = np.zeros((3, 3, 3))
+    for x in itertools.product(range(3), repeat=3):
+        for order in orders:
+            p, ids = 1.0, torch.full((1, 3), 3)
+            for i in order:
+                p *= model(ids)[0, i].softmax(dim=-1)[x[i]].item()
+                ids[0, i] = x[i]
+            exact[x] += p / len(orders)
+    empty = torch.empty((20_000, 0), dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    *_, ids = sample.diffuse(model, empty, 3, 3, generator=generator)
+    # 26 degrees of freedom: above 54 once in 1,000 times.
+    assert exact.sum() == pytest.approx(1) and chi_squared(ids, exact) < 54
+    *_, ids = sample.diffuse(model, empty, 3, 1, generator=generator)
+    assert chi_squared(ids, exact) > 100
+
+
+class Table:
+    """An ideal MDM: all conditionals of one known joint distribution of three tokens."""
+    config = SimpleNamespace(vocab_size=3, context=3)
 
     def __init__(self):
-        rng = np.random.default_rng(0)
-        self.alone = rng.dirichlet(np.ones(3), size=2)        # p(x_i), both masked
-        self.given = rng.dirichlet(np.ones(3), size=(2, 3))   # p(x_i | the other)
+        self.joint = np.random.default_rng(0).dirichlet(np.ones(27)).reshape(3, 3, 3)
 
     def __call__(self, ids):
-        p = np.stack([[self.alone[i] if row[1 - i] == 3 else self.given[i, row[1 - i]] for i in range(2)] for row in ids.numpy()])
-        return torch.from_numpy(np.log(p))
+        logits = np.empty((len(ids), 3, 3))
+        for row, x in enumerate(ids.tolist()):
+            seen = tuple([i] if i < 3 else range(3) for i in x)
+            part = self.joint[np.ix_(*seen)]
+            for i in range(3):
+                others = tuple(j for j in range(3) if j != i)
+                logits[row, i] = np.log(part.sum(axis=others) / part.sum())
+        return torch.from_numpy(logits)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 50])
-def test_ancestral_sampling_has_its_exact_joint(steps):
-    """One token a step: half of the time each comes first. One step: both at once, independent of each other. Chi-squared."""
-    two, count = TwoTokens(), 9000
-    *_, ids = sample.fill(two, torch.full((count, 2), 3), torch.tensor([True, True]), steps, generator=torch.Generator().manual_seed(0))
-    found = np.bincount(ids[:, 0] * 3 + ids[:, 1], minlength=9)
-    a, b = two.alone
-    exact = np.array([[a[x] * b[y] if steps == 1 else (a[x] * two.given[1, x, y] + b[y] * two.given[0, y, x]) / 2 for y in range(3)] for x in range(3)])
-    chi_squared = ((found - count * exact.ravel()) ** 2 / (count * exact.ravel())).sum()
-    assert exact.sum() == pytest.approx(1) and chi_squared < 27.9                                   # 8 degrees of freedom: 1 in 2,000 by chance
-    wrong = np.outer(a, b) if steps > 1 else (a[:, None] * two.given[1] + b * two.given[0].T) / 2
-    assert ((found - count * wrong.ravel()) ** 2 / (count * wrong.ravel())).sum() > 100           # and it tells the two apart
+def test_infilling_keeps_what_is_given_and_follows_bayes():
+    model = Table()
+    ids, masked = torch.tensor([[3, 1, 3]]).expand(5000, -1), torch.tensor([True, False, True])
+    generator = torch.Generator().manual_seed(0)
+    *_, filled = sample.fill(model, ids, masked, 2, generator=generator)
+    assert (filled[:, 1] == 1).all()
+    posterior = model.joint[:, 1] / model.joint[:, 1].sum()
+    # 8 degrees of freedom: above 26.1 once in 1,000 times.
+    assert chi_squared(filled[:, [0, 2]], posterior) < 26.1
+    assert chi_squared(filled[:, [0, 2]], model.joint.sum(axis=1)) > 100
 
 
 @pytest.mark.parametrize("order", ["random", "confident", "blocks"])
-@pytest.mark.parametrize("steps", [1, 3, 12, 100])
-@pytest.mark.parametrize("prompt, length", [(0, 12), (5, 7), (5, 3), (12, 5), (30, 20), (0, 40)])
-def test_every_sampler_ends_without_a_mask_and_keeps_its_prompt(order, steps, prompt, length):
-    mdm, ids = net(causal=False), torch.randint(11, (2, prompt))
-    texts = list(sample.diffuse(mdm, ids, length, steps, order, block=4, generator=torch.Generator().manual_seed(0)))
-    assert all(torch.equal(text[:, :prompt], ids) and text.shape == (2, prompt + length) for text in texts)
+@pytest.mark.parametrize("prompt, length, steps", [
+    (0, 12, 1), (5, 7, 3), (5, 3, 100), (12, 5, 12), (30, 20, 4), (0, 40, 12)])
+def test_every_order_keeps_the_prompt_and_leaves_no_mask(order, prompt, length, steps):
+    model, ids = random_model(causal=False), torch.randint(11, (2, prompt))
+    generator = torch.Generator().manual_seed(0)
+    texts = list(sample.diffuse(model, ids, length, steps, order, block=4, generator=generator))
     masks = [(text == 11).sum().item() for text in texts]
     assert masks == sorted(masks, reverse=True) and masks[-1] == 0
+    assert all(torch.equal(text[:, :prompt], ids) for text in texts)
+    assert texts[-1].shape == (2, prompt + length)
     if prompt + length <= 12 and order != "blocks":
         assert len(texts) == min(steps, length)
 
 
-@pytest.mark.parametrize("order", ["random", "confident"])
-def test_filling_changes_what_is_masked_alone(order):
-    mdm, ids = net(causal=False), torch.randint(11, (4, 12))
-    masked = torch.tensor([0, 1, 1, 0, 0, 0, 1, 0, 1, 1, 1, 0]) > 0
-    ids[:, 11] = 11                                           # a MASK that is not to be filled, as behind the end of a text
-    for filled in sample.fill(mdm, ids, masked, 4, order, generator=torch.Generator().manual_seed(0)):
-        assert torch.equal(filled[:, ~masked], ids[:, ~masked])
-    assert (filled[:, masked] < 11).all()
-    assert list(sample.fill(mdm, ids, masked & False, 4)) == []
+@torch.no_grad()
+def test_order_confident_fills_the_most_likely_token_first():
+    model = random_model(causal=False)
+    before, masked = torch.full((1, 12), 11), torch.ones(12, dtype=torch.bool)
+    for after in sample.fill(model, before, masked, 12, "confident", temperature=0):
+        best = model(before).softmax(dim=-1).amax(dim=-1).masked_fill(before != 11, 0)
+        (_, position), = (after != before).nonzero().tolist()
+        assert best[0, position] > best.max() - 1e-5
+        before = after
 
 
-def test_the_confident_come_first():
-    """Greedy, in as many steps as places: each time the place whose best token is the most likely of all."""
-    mdm = net(causal=False)
-    before = torch.full((1, 12), 11)
-    with torch.no_grad():
-        for after in sample.fill(mdm, before, torch.ones(12, dtype=torch.bool), 12, "confident", temperature=0):
-            best = torch.where(before == 11, mdm(before).softmax(dim=-1).max(dim=-1).values, 0)
-            (_, place), = (after != before).nonzero().tolist()
-            assert best[0, place] >= best.max() - 1e-5        # the first are all alike, but for rounding
-            before = after
+# -----------------------------------------------------------------------------------------------
+# Scores.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Surprise.
-
-def test_surprise_of_ar_is_the_likelihood():
-    ar, ids = net(causal=True), torch.randint(11, (36,))
-    bpb, _ = train_ar.evaluate(ar, ids.view(3, 12).numpy(), np.ones(11, dtype=int))
-    assert surprise.token_bits(ar, "ar", ids).mean().item() == pytest.approx(bpb, rel=1e-5)
-    short = surprise.token_bits(ar, "ar", ids[:29])               # a last window that is not full
-    assert len(short) == 29 and short[:24].sum() == pytest.approx(surprise.token_bits(ar, "ar", ids)[:24].sum())
+def test_scores_of_ar_add_up_to_the_bits_of_the_evaluation():
+    model, ids = random_model(causal=True), torch.randint(11, (36,))
+    bpb, _ = train_ar.evaluate(model, ids.view(3, 12).numpy(), np.ones(11, dtype=int))
+    bits = sample.token_bits(model, ids)
+    assert bits.mean().item() == pytest.approx(bpb, rel=1e-5)
+    # The last sequence may be short.
+    torch.testing.assert_close(sample.token_bits(model, ids[:29]), bits[:29])
 
 
 @torch.no_grad()
-def test_surprise_of_mdm_is_its_share_of_the_bound():
-    """E over k of E over sets of k masked places of T / k times the nats of one of them, place by place."""
-    mdm, ids = net(causal=False, context=5), torch.randint(11, (5,))
-    exact = torch.zeros(5)
-    for k in range(1, 6):
-        sets = list(itertools.combinations(range(5), k))
-        for places in map(list, sets):
+def test_scores_of_mdm_are_the_parts_of_the_bound():
+    """E over k, E over sets of k masked positions, of T / k times the nats of each masked one."""
+    model, ids = random_model(causal=False, context=4), torch.randint(11, (4,))
+    exact = torch.zeros(4)
+    for k in range(1, 5):
+        sets = list(itertools.combinations(range(4), k))
+        for masked in map(list, sets):
             inputs = ids.clone()
-            inputs[places] = 11
-            exact[places] += model.nats(mdm, inputs[None], ids[None])[0, places] / math.log(2) / k / len(sets)
-    found = surprise.token_bits(mdm, "mdm", ids, reads=5000)
-    assert (found / exact - 1).abs().max() < 0.12 and found.sum().item() == pytest.approx(exact.sum().item(), rel=0.03)
+            inputs[masked] = 11
+            exact[masked] += model(inputs[None], ids[None])[0, masked] / math.log(2) / k / len(sets)
+    bits = sample.token_bits(model, ids, masks=4000)
+    assert (bits / exact - 1).abs().max() < 0.1
+    assert bits.sum().item() == pytest.approx(exact.sum().item(), rel=0.02)
 
 
-def test_bytes_and_characters():
-    raw = "aé€😀".encode() + b"\xff\xe2\x82b"
-    found = list(surprise.characters(raw))
-    assert "".join(c for c, _ in found) == "aé€😀\ufffd\ufffd\ufffdb" and [at.stop - at.start for _, at in found] == [1, 2, 3, 4, 1, 1, 1, 1]
-    assert surprise.printable("a\x1b[2J\x00\n\t\x9b") == "a\u241b[2J\u2400\n\t\u2421"
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_untrained_model_needs_eight_bits_a_byte(causal):
+    model = Transformer(Config(256, 32, width=16, causal=causal)).eval()
+    bits = sample.token_bits(model, torch.randint(256, (100,)))
+    assert bits.mean().item() == pytest.approx(8, abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The commands.
+def test_what_is_shown_cannot_command_the_terminal():
+    assert sample.printable("a\x1b[2J\x00\n\t\x9b\x7f") == "a\u241b[2J\u2400\n\t\u2421\u2421"
+    raw = "aé\x1b\n".encode() + b"\xff\xe2\x82b\xe2"
+    shaded = sample.shade(raw, np.arange(float(len(raw))))
+    colour = "\x1b[30;48;2;255;{0};{0}m"
+    assert shaded.startswith(colour.format(255) + "a\x1b[0m" + colour.format(207) + "é\x1b[0m")
+    for text in ("\u241b", "\n", "\ufffd", "\ufffdb"):
+        assert f"m{text}\x1b[0m" in shaded or text == "\n" and "\x1b[0m\n" in shaded
+
+
+# -----------------------------------------------------------------------------------------------
+# The command.
 
 @pytest.fixture(scope="module")
-def trained(workplace):
-    """Four small runs, MDM on bytes the newest."""
-    for objective, tokenizer in itertools.product(("ar", "mdm"), ("bpe", "byte")):
-        done = here(workplace, f"train_{objective}.py", "--data", "text.txt", "--vocab", 300, "--context", 64, "--width", 16, "--flops", "2e9",
-                       "--tokenizer", tokenizer, "--out", f"runs/{objective}-{tokenizer}")
+def folder(tmp_path_factory):
+    """Return a folder with four tiny trained runs, MDM on bytes the newest."""
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "text.txt").write_bytes(Path(argparse.__file__).read_bytes()[:100_000])
+    for tokenizer, objective in itertools.product(("bpe", "byte"), ("ar", "mdm")):
+        done = here(folder, f"train_{objective}.py", "--data", "text.txt", "--vocab", 300,
+                    "--flops", 2e9, "--width", 16, "--context", 64, "--tokenizer", tokenizer,
+                    "--out", f"runs/{objective}-{tokenizer}")
         assert done.returncode == 0, done.stderr
-    return workplace
+    return folder
 
 
 @pytest.fixture
-def call(trained):
-    """sample.py: -> its stdout, or the one line on stderr."""
-    def run_it(*arguments):
-        done = here(trained, "sample.py", *arguments)
+def call(folder):
+    """Return a function that runs sample.py and returns its stdout, or its one line of error."""
+    def call(*arguments):
+        done = here(folder, "sample.py", *arguments)
         if done.returncode:
             assert_one_line(done)
         return done.stdout or done.stderr
-    return run_it
+    return call
 
 
-def test_the_newest_run_writes(trained):
-    done = execute(trained, "sample.py", "--prompt", "import ")
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("import ") and len(done.stdout.encode()) >= 64
-    same = execute(trained, "sample.py", "runs/mdm-byte", "--prompt", "import ")
-    assert same.stdout == done.stdout                         # MDM on bytes is the newest; the same seed, the same text
+def damaged(folder, change):
+    """Make a copy of a run, its checkpoint changed by change(checkpoint). Return its name."""
+    shutil.copytree(folder / "runs/ar-byte", folder / "damaged", dirs_exist_ok=True)
+    checkpoint = torch.load(folder / "damaged/checkpoint.pt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, folder / "damaged/checkpoint.pt")
+    return "damaged"
 
 
-@pytest.mark.parametrize("kind", ["ar-byte", "ar-bpe", "mdm-byte", "mdm-bpe"])
-def test_prompts_of_all_kinds(call, kind):
-    for prompt in ("", "x", "é" * 100, b"\xff\x00\x1b\x80".decode("utf-8", "surrogateescape") * 5, "long enough to fill two windows and more " * 6):
-        text = call(f"runs/{kind}", "--prompt", prompt, "--length", 20, "--steps", 5)
-        shown = surprise.printable(sample.raw_text(prompt).decode("utf-8", "replace"))
-        assert text.startswith(shown[:-1]) and "\u2591" not in text and len(text) > len(shown)
-    texts = call(f"runs/{kind}", "--samples", 3, "--length", 90, "--temperature", 0.7, "--top-k", 20, "--top-p", 0.9)
-    assert texts.count("--- sample ") == 3
-    assert texts == call(f"runs/{kind}", "--samples", 3, "--length", 90, "--temperature", 0.7, "--top-k", 20, "--top-p", 0.9)
-    assert texts != call(f"runs/{kind}", "--samples", 3, "--length", 90, "--temperature", 0.7, "--top-k", 20, "--top-p", 0.9, "--seed", 1)
+def test_the_newest_finished_run_writes(folder, call):
+    for name, content in [("list", "[]"), ("empty", "{}"), ("half", '{"val_bpb": 1.'),
+                          ("string", '{"val_bpb": "low", "steps": 3}')]:
+        (folder / "runs" / name).mkdir(exist_ok=True)
+        (folder / "runs" / name / "result.json").write_text(content)
+        (folder / "runs" / name / "checkpoint.pt").write_bytes(b"")
+    text = call("--prompt", "import ")
+    assert text.startswith("import ") and len(text) > 20
+    alone = execute(folder, "sample.py", "runs/mdm-byte", "--prompt", "import ")
+    assert alone.stdout == text and alone.stderr == ""
+    assert text != call("runs/mdm-byte", "--prompt", "import ", "--seed", 1)
 
 
-@pytest.mark.parametrize("order", ["random", "confident", "blocks"])
-def test_orders_and_steps(call, order):
-    for steps in (1, 7, 64):
-        assert "\u2591" not in call("runs/mdm-byte", "--order", order, "--steps", steps, "--order-temperature", 0.5)
+@pytest.mark.parametrize("name", ["ar-byte", "ar-bpe", "mdm-byte", "mdm-bpe"])
+def test_texts_begin_with_any_prompt(call, name):
+    invalid = b"\xff\x00\x1b\x80".decode("utf-8", "surrogateescape")
+    for prompt in ("", "x", "é" * 100, invalid * 5, "longer than two contexts " * 9):
+        shown = sample.printable(sample.to_bytes(prompt).decode("utf-8", "replace"))
+        text = call(f"runs/{name}", "--prompt", prompt, "--length", 20)
+        assert text.startswith(shown[:-1]) and MASK not in text and len(text) > len(shown)
+    assert call(f"runs/{name}", "--samples", 3, "--length", 90).count("--- sample") == 3
 
 
-def test_characters_are_written_whole(trained, call, monkeypatch):
-    """Bytes that are no character yet wait for the others."""
-    text, written = "aé€😀b", []
-    monkeypatch.setattr(sample, "generate", lambda *_, **__: (torch.tensor([byte]) for byte in text.encode() + b"\xe2\x82"))
-    monkeypatch.setattr("builtins.print", lambda *words, **_: written.append(words[0]))
-    call("runs/ar-byte")
-    assert [word for word in written if word] == [*text, "\ufffd"]
+@pytest.mark.parametrize("name", ["mdm-byte", "mdm-bpe"])
+def test_infilling_keeps_the_given_text(call, name):
+    for order in ("random", "confident"):
+        text = call(f"runs/{name}", "--infill", r"f(é)\n    x = ____ # ___.", "--order", order)
+        assert text.startswith("f(é)\n    x = ") and " # " in text and text.endswith(".\n")
+        assert "___" not in text and MASK not in text
 
 
-@pytest.mark.parametrize("kind", ["mdm-byte", "mdm-bpe"])
-def test_infilling_keeps_every_given_byte(call, kind):
-    text = call(f"runs/{kind}", "--infill", r"def add(a, b):\n    return ____ # ___\n", "--samples", 2)
-    assert len(re.findall(r"def add\(a, b\):\n    return (.|\n)* # (.|\n)*\n", text)) >= 1 and text.count("def add(a, b):\n    return ") == 2
-    assert "___" not in text and "\u2591" not in text
-    assert call("runs/mdm-byte", "--infill", "a___b", "--gap", 9).rstrip("\n").startswith("a")
-    if kind == "mdm-byte":
-        assert len(call("runs/mdm-byte", "--infill", "a___b", "--gap", 9, "--steps", 1).rstrip("\n").encode("utf-8", "replace")) >= 11
-
-
-def test_watch_redraws_a_terminal(trained):
-    """On a terminal the text resolves in place; elsewhere only its end is written."""
+def test_a_terminal_shows_the_text_as_it_is_filled(folder):
     master, slave = pty.openpty()
-    running = subprocess.Popen(command("sample.py", "runs/mdm-byte", "--watch", "--steps", 4), cwd=trained, env=environment(), stdout=slave)
+    watch = command("sample.py", "runs/mdm-byte", "--watch", "--steps", 4)
+    process = subprocess.Popen(watch, cwd=folder, stdout=slave)
     os.close(slave)
     shown = b""
-    with contextlib.suppress(OSError):                        # the terminal is gone when the command has ended
+    # A terminal whose program has ended raises OSError.
+    with contextlib.suppress(OSError):
         while block := os.read(master, 2**16):
             shown += block
-    assert running.wait() == 0
-    frames = shown.decode("utf-8", "replace").split("\x1b[H\x1b[2J")[1:]
-    masks = [frame.count("\u2591") for frame in frames]
-    assert masks == [48, 32, 16, 0]
+    assert process.wait() == 0
+    frames = shown.decode("utf-8", "replace").split(sample.CLEAR)[1:]
+    assert [frame.count(MASK) for frame in frames] == [48, 32, 16, 0, 0]
 
 
-def test_inspect(trained, call, monkeypatch):
-    (trained / "some.txt").write_bytes((trained / "text.txt").read_bytes()[:1000] + "é€\n".encode() + b"\xff")
-    lines = call("runs/ar-byte", "--inspect", "some.txt", "--plot", "some.png", "--color", "off")
-    plain = lines.replace("|", "")
-    assert "Author: Steven" in plain and "bits per byte on 1,007 bytes" in lines and (trained / "some.png").read_bytes().startswith(b"\x89PNG")
-    assert lines.count("|") > 150                             # cuts of the BPE that was learned from the same text
-    assert "\x1b[30;48;2;255;" in call("runs/ar-bpe", "--inspect", "some.txt", "--color", "on")
-    assert "a bound" in call("runs/mdm-bpe", "--inspect", "some.txt")
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=open(trained / "some.txt", "rb")))
-    assert call("runs/ar-byte", "--inspect", "-", "--color", "off") == lines
+def test_any_file_is_scored(folder, call, monkeypatch):
+    raw = (folder / "text.txt").read_bytes()[:1000] + b"\xff\x00\n"
+    (folder / "some.txt").write_bytes(raw)
+    for broken in ("{", "[]", '{"sha256": 1}'):
+        (folder / "data/other-bpe4096").mkdir(exist_ok=True)
+        (folder / "data/other-bpe4096/meta.json").write_text(broken)
+        line = call("runs/ar-byte", "--score", "some.txt")
+        assert 2 < float(line.split(" bits per byte ")[0]) < 8 and line.endswith("on 1,003 bytes\n")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=open(folder / "some.txt", "rb")))
+    assert call("runs/ar-byte", "--score", "-") == line
+    bound = call("runs/mdm-bpe", "--score", "some.txt")
+    assert "bound" in bound and 2 < float(bound.split()[0]) < 9
 
 
-def test_bench(trained, call, monkeypatch):
-    monkeypatch.setattr(sample.bench, "__defaults__", (2, 128))
-    text = call("--bench")
-    assert all(title in text for title in ("| AR on byte |", "| AR on bpe |", "| MDM on byte | random | 64 |", "| MDM on bpe | confident, greedy |"))
-
-
-def test_bad_input_is_one_line(trained, call, tmp_path):
-    unfinished = trained / "unfinished"
-    shutil.copytree(trained / "runs/ar-byte", unfinished, dirs_exist_ok=True)
-    (unfinished / "result.json").unlink()
-    (trained / "torn").mkdir()
-    shutil.copy(trained / "runs/ar-byte/result.json", trained / "torn")
-    (trained / "empty.txt").write_bytes(b"")
-    for word, *arguments in (("no run folder", "nowhere"), ("no finished run", "unfinished"), ("checkpoint.pt", "torn"), ("AR", "runs/ar-byte", "--infill", "a____"),
-                             ("no gap", "runs/mdm-byte", "--infill", "a"), ("window holds", "runs/mdm-byte", "--infill", "____", "--gap", 65),
-                             ("empty", "--inspect", "empty.txt"), ("nowhere.txt", "--inspect", "nowhere.txt"), ("temperature", "--temperature", -1),
-                             ("top-p", "--top-p", 1.5), ("steps", "--steps", 0), ("length", "--length", 0), ("--plot", "--plot", "a.png"), ("order", "--order", "x")):
+def test_bad_input_is_one_line(folder, call):
+    (folder / "empty.txt").write_bytes(b"")
+    ar, mdm = "runs/ar-byte", "runs/mdm-byte"
+    for word, *arguments in [
+            ("nowhere", "nowhere"), ("empty.txt", "--score", "empty.txt"),
+            ("no such", "--score", "runs"), ("temperature", "--temperature", "1e-40"),
+            ("temperature", "--temperature", "nan"), ("samples", "--samples", "1e8"),
+            ("length", "--length", 10**12), ("seed", "--seed", 2**64), ("steps", "--steps", 0),
+            ("top-k", "--top-k", -1), ("order", "--order", "x"), ("device", "--device", "x"),
+            ("AR", ar, "--infill", "a___"), ("--steps", ar, "--steps", 9),
+            ("--order", ar, "--order", "random"), ("gap", mdm, "--infill", "a"),
+            ("--prompt", mdm, "--infill", "a___", "--prompt", "b"),
+            ("context", mdm, "--infill", "_" * 65), ("--length", "--infill", "___", "--length", 3),
+            ("--seed", "--score", "text.txt", "--seed", 3)]:
         assert word in call(*arguments)
-    assert_one_line(execute(tmp_path, "sample.py"), "train one first")
+
+
+def test_a_checkpoint_that_is_not_the_model_of_the_result_is_refused(folder, call):
+    for word, change in [
+            ("step", lambda saved: saved["log"].update(step=1)),
+            ("finite", lambda saved: saved["model"]["head.weight"].fill_(math.nan)),
+            ("another", lambda saved: saved["settings"].update(objective="mdm")),
+            ("shuffle", lambda saved: saved["settings"].update(shuffle=16))]:
+        assert word in call(damaged(folder, change))
+    result = json.loads((folder / "damaged/result.json").read_text())
+    (folder / "damaged/result.json").write_text(json.dumps(result | {"shuffle": 16}))
+    assert "shuffled" in call("damaged")
+    (folder / "damaged/result.json").unlink()
+    assert "no finished run" in call("damaged")

@@ -1,269 +1,291 @@
-"""scaling.py and fits.py: planted laws are recovered, with honest intervals; a real sweep is killed, finished, and never done twice."""
-import os
+"""scaling.py: the published tables, and sweeps that are broken, killed, repeated and finished."""
+import argparse
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT, assert_one_line, command, here
 
-import figures
-import fits
 import scaling
-from conftest import ROOT, assert_one_line, command, environment, execute, here
-from model import Config, flops_per_token
-from run import InputError
+import train_ar
 
-LAWS = [dict(E=1.1, A=80, B=600, alpha=0.35, beta=0.42), dict(E=0.6, A=12, B=60, alpha=0.2, beta=0.25), dict(E=0, A=400, B=410, alpha=0.34, beta=0.28)]
-
-
-def value(law, N, D):
-    return law["E"] + law["A"] / N ** law["alpha"] + law["B"] / D ** law["beta"]
+PUBLISHED = ROOT / "results" / "runs.csv"
+TINY = ("--data", "text.txt", "--vocab", 300, "--context", 64, "--widths", 16, "--jobs", 2)
 
 
-def design():
-    """The N and D of a sweep: 5 budgets, four widths each and two of the last."""
-    runs = [(C, width) for C, widths in ((1e12, (16, 32, 48, 64)), (3e12, (32, 48, 64, 96)), (1e13, (48, 64, 96, 128)), (3e13, (64, 96, 128, 192)),
-                                         (1e14, (128, 192))) for width in widths]
-    shapes = [Config(width=width) for _, width in runs]
-    return (np.array([16.0 * shape.width**2 * shape.depth for shape in shapes]),
-            np.array([C / flops_per_token(shape) for (C, _), shape in zip(runs, shapes)]))
+@pytest.fixture
+def table(tmp_path):
+    """A copy of the published table."""
+    path = tmp_path / "results" / "runs.csv"
+    path.parent.mkdir()
+    shutil.copy(PUBLISHED, path)
+    return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The fits.
-
-@pytest.mark.parametrize("law", LAWS)
-def test_a_planted_law_is_recovered(law):
-    N, D = design()
-    found = scaling.fit_law(N, D, value(law, N, D))
-    assert found["alpha"] == pytest.approx(law["alpha"], rel=0.01) and found["beta"] == pytest.approx(law["beta"], rel=0.01)
-    assert value(found, N, D) == pytest.approx(value(law, N, D), rel=1e-4)
-    assert all(isinstance(number, float) for number in found.values()) and found.keys() == law.keys()
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The finished command that shows the published table: its stdout, and the figures' folder."""
+    folder = tmp_path_factory.mktemp("published")
+    shutil.copy(PUBLISHED, folder)
+    return here(folder, "scaling.py", "--plot-only", "--out", "."), folder
 
 
-def test_the_intervals_hold_the_truth_as_often_as_they_say():
-    law, rng, (N, D) = LAWS[0], np.random.default_rng(0), design()
-    clean, truth, hits = value(law, N, D), np.array(list(law.values())), np.zeros(5)
-    for trial in range(200):
-        laws = fits.fit_laws(N, D, clean * (1 + 0.01 * rng.standard_normal(len(N))), fits.resample(N, D, 60, trial))
-        low, high = np.quantile(laws[1:], (0.05, 0.95), axis=0)
-        hits += (low <= truth) & (truth <= high)
-    share = dict(zip(fits.NAMES, hits / 200))
-    assert all(0.80 <= share[name] <= 0.98 for name in fits.NAMES), share
+def fake_corpora(rows):
+    """Return what load_corpora returns, as far as settings() needs it, for the text of the rows."""
+    corpora = {}
+    for row in rows:
+        corpora[row["tokenizer"]] = SimpleNamespace(
+            name=row["corpus"], meta={"sha256": row["sha256"]}, tokens=lambda nbytes, row=row:
+            row["context_tokens"], tokenizer=SimpleNamespace(vocab_size=row["vocab_size"]))
+    return corpora
 
 
-def test_non_negative_least_squares_meets_its_optimality_conditions():
-    """At the optimum the gradient is zero where a coefficient is positive, and not negative where it is zero (Karush, Kuhn, Tucker)."""
-    rng = np.random.default_rng(1)
-    X, y = rng.standard_normal((300, 8, 3)), rng.standard_normal((300, 8, 1))
-    gram, moment = X.transpose(0, 2, 1) @ X, (X.transpose(0, 2, 1) @ y)[..., 0]
-    best, explained = fits.nonnegative(gram, moment)
-    slope = (gram @ best[..., None])[..., 0] - moment
-    assert (best >= 0).all() and (slope > -1e-9).all() and np.abs(slope[best > 0]).max() < 1e-9
-    assert (y[..., 0]**2).sum(axis=1) - explained == pytest.approx(((y - X @ best[..., None])**2).sum(axis=(1, 2)))
-    assert (best == 0).any() and (best > 0).all(axis=1).any()
+# -----------------------------------------------------------------------------------------------
+# Tables and figures.
+
+def test_the_published_tables_come_out_of_the_published_runs(published):
+    done, folder = published
+    assert done.returncode == 0 and done.stderr == ""
+    for line in ("| AR, BPE | 22 | 0.112 [0.00, 0.948] | 7.12 [3.71, 20.7] | 8.77 [7.66, 43.0] | "
+                 "0.256 [0.144, 0.375] | 0.132 [0.115, 0.303] | 0.021 |",
+                 "| AR, bytes | 2.692 (2.5e4) | 2.360 (5.5e4) | 2.086 (1.1e5) | 1.905 (2.8e5) | "
+                 "1.742 (not bracketed) |",
+                 "| AR | 1e13 | 0.436 [0.419, 0.459] | 39.4 [21.7, 77.1] (extrapolated) |",
+                 "| MDM | 1e12 | 0.940 [0.893, 1.01] | 64.2 [46.5, 114] |",
+                 "| AR | never [never, never] | 99% |"):
+        assert line in done.stdout
+    assert (folder / "runs.csv").read_bytes() == PUBLISHED.read_bytes()
+    for name in ("isoflops.png", "frontier.png", "gap.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_weights_are_repetitions():
-    N, D = design()
-    L = value(LAWS[1], N, D) * (1 + 0.01 * np.random.default_rng(2).standard_normal(len(N)))
-    weights = fits.resample(N, D, 3, seed=0)
-    for row in weights:
-        repeated = np.repeat(np.arange(len(N)), row.astype(int))
-        # The zoom starts from the mean size of its points, so that the two searches end near each other and not at the same digit.
-        assert value(dict(zip(fits.NAMES, fits.fit_laws(N, D, L, row[None])[0])), N, D) == pytest.approx(
-            value(scaling.fit_law(N[repeated], D[repeated], L[repeated]), N, D), rel=2e-3)
-    assert (weights[0] == 1).all() and (weights.sum(axis=1) == len(N)).all()
-
-
-@pytest.mark.parametrize("N, D, L, word", [
-    ([1, 2, 3, 4], [1, 2, 3, 4], [4, 3, 2, 1], "five different points"), ([1, 1, 1, 2, 2, 2], [1, 2, 3, 1, 2, 3], [6, 5, 4, 3, 2, 1], "three different N"),
-    ([1, 2, 3, 1, 2, 3], [1, 1, 1, 2, 2, 2], [6, 5, 4, 3, 2, 1], "three different D"), ([], [], [], "five"), ([1, 2, 3], [1, 2], [1], "length"),
-    ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, float("nan")], "positive, finite"), ([0, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5], "positive")])
-def test_too_little_for_a_law(N, D, L, word):
-    with pytest.raises(InputError, match=word):
-        scaling.fit_law(N, D, L)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Frontier, gap, parity.
-
-def test_the_frontier_is_the_best_of_the_widths():
-    """Against the losses of real configurations."""
-    law, C = LAWS[0], np.array([1e14, 1e16, 1e18])
-    lowest, place = (part[0] for part in fits.frontier(np.array([list(law.values())]), C, 256, 512))
-    shapes = [Config(width=width) for width in (16, 32, 48, *range(64, 4096, 32)) if width < 256 or width % 64 == 0]
-    N, flops = np.array([16.0 * shape.width**2 * shape.depth for shape in shapes]), np.array([flops_per_token(shape) for shape in shapes])
-    for budget, low in zip(C, lowest):
-        real = value(law, N, budget / flops).min()
-        assert low == pytest.approx(real, rel=0.005)          # real depths are whole
-    assert (np.diff(lowest) < 0).all() and (np.diff(place) > 0).all()
-
-
-C = np.geomspace(1e10, 1e30, 801)
-
-
-def test_gap_and_parity_of_planted_frontiers():
-    """BPE: 3 (C / 1e10)^-0.05. Bytes need 10 times the compute at 1e10 and as much at 1e20: they meet there."""
-    bpe = 3 * (C / 1e10) ** -0.05
-    slope = 0.05 * 10 / 9                                     # then G = 10^(1 - (log10 C - 10) / 10), and G(1e20) = 1
-    byte = 3 * (C / 1e11) ** -slope
-    G = fits.gap(byte[None], bpe[None], C)[0]
-    assert np.interp([10, 15, 20, 25], np.log10(C), np.log10(G)) == pytest.approx([1, 0.5, 0, -0.5], abs=1e-6)
-    assert np.log10(fits.parity(byte[None], bpe[None], C)[0]) == pytest.approx(20, abs=1e-3)
-    assert fits.parity(bpe[None], byte[None], C)[0] == pytest.approx(C[0])              # below from the start
-
-
-def test_frontiers_that_never_meet():
-    bpe, parallel, floor = 3 * (C / 1e10) ** -0.05, 3 * (C / 1e11) ** -0.05, 0.5 + 3 * (C / 1e10) ** -0.05
-    assert np.isinf(fits.parity(np.stack([parallel, floor]), np.stack([bpe, bpe]), C)).all()
-    G = fits.gap(np.stack([parallel, floor]), np.stack([bpe, bpe]), C)
-    assert G[0, C < 1e28] == pytest.approx(10) and np.isinf(G[0, -1])         # 1e31 is further than we look
-    assert np.isinf(G[1, -1]) and (np.diff(G[1, np.isfinite(G[1])]) > 0).all()
-
-
-def test_the_gap_at_equal_parameters():
-    """Bytes with the same law but for B need (B' / B)^(1 / beta) times the tokens at any size, and each costs what it costs."""
-    bpe_law = np.array([[0.5, 80, 600, 0.35, 0.4]])
-    byte_law = bpe_law * [1, 1, 2, 1, 1]
-    budgets, bpe, byte = np.array([1e13, 1e14]), (4096, 160), (256, 512)
-    _, place = fits.frontier(bpe_law, budgets, *bpe)
-    ratio = fits.sizes(*byte)[1] / fits.sizes(*bpe)[1]
-    assert fits.capacity_gap(byte_law, bpe_law, budgets, byte, bpe) == pytest.approx(2 ** (1 / 0.4) * ratio[place])
-    assert np.isinf(fits.capacity_gap(byte_law + [9, 0, 0, 0, 0], bpe_law, budgets, byte, bpe)).all()
-
-
-def test_a_parabola_and_its_edges():
-    N = np.array([1e4, 3e4, 1e5, 3e5])
-    lowest, low, _ = fits.parabola(N, 2 + 0.1 * np.log(N / 5e4) ** 2)
-    assert lowest == pytest.approx(5e4) and low == pytest.approx(2)
-    assert fits.parabola(N, 2 + 0.1 * np.log(N / 5e5) ** 2) is None           # the best is beyond the grid
-    assert fits.parabola(N, 2 - 0.1 * np.log(N / 5e4) ** 2) is None           # a hill
-    assert fits.parabola(N[:2], [2, 3]) is None
+def test_the_gap_of_planted_runs_is_found():
+    """Bytes and BPE with the same law but for E: the gap in bits is the difference of E."""
+    rows = []
+    for row in scaling.read_rows(PUBLISHED):
+        N, D = row["params_non_embedding"], row["tokens"]
+        E = 1.0 if row["tokenizer"] == "byte" else 0.75
+        rows.append(row | {"val_bpb": E + 50 / N**0.4 + 500 / D**0.4, "context_tokens": 512,
+                           "vocab_size": 256})
+    budgets, C, _, gaps = scaling.analyse(rows)
+    at = np.searchsorted(C, budgets)
+    assert gaps["ar"]["bits"][0, at] == pytest.approx(0.25, abs=0.01)
+    assert np.isinf(gaps["ar"]["parity"][0])
 
 
 def test_intervals_in_words():
-    assert figures.interval(np.array([2.514, *np.linspace(2, 3, 101)])) == "2.51 [2.05, 2.95]"
-    assert figures.interval(np.array([12345.0, 1.0, np.inf])) == "1e4 [1.00, never]"
+    assert scaling.interval(np.array([2.514, *np.linspace(2, 3, 101)])) == "2.51 [2.05, 2.95]"
+    assert scaling.interval(np.array([12345.0, 1.0, np.inf])) == "1e4 [1.00, never]"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A real sweep.
+def test_lines_that_are_no_result_are_named_and_left_out(published, table):
+    header, first, *_ = table.read_text().splitlines()
+    columns, fields = header.split(","), first.split(",")
+    broken = [("val_bpb", "nan"), ("val_bpb", "inf"), ("val_bpb", "-1"), ("flops_budget", "0"),
+              ("flops_budget", "nan"), ("tokens", "many"), ("objective", "rnn"), ("width", "")]
+    lines = [",".join(value if name == column else field
+                      for name, field in zip(columns, fields, strict=True))
+             for column, value in broken]
+    with open(table, "a") as file:
+        # The last two: a run given twice, and a line that was cut.
+        file.write("\n".join([*lines, first, first[:40]]) + "\n")
+    done = here(table.parent, "scaling.py", "--plot-only", "--out", ".")
+    assert done.returncode == 0 and done.stdout == published[0].stdout
+    complaints = done.stderr.splitlines()
+    assert [int(re.search(r"line (\d+)", text)[1]) for text in complaints] == list(range(89, 99))
+    for (column, value), text in zip(broken, complaints, strict=False):
+        assert column in text and value in text or value == "rnn"
+    assert "line 2 is the same run" in complaints[-2]
 
-TINY = ("--data", "text.txt", "--vocab", 300, "--context", 64, "--budgets", "1e9", "3e9", "--widths", 16, 32, 48)
+
+def test_a_table_keeps_its_unknown_columns_and_broken_lines_when_a_row_is_added(table):
+    lines = table.read_text().splitlines()
+    lines = [lines[0] + ",note", *(line + ",mine" for line in lines[1:]), "ar,bpe,broken"]
+    table.write_text("\n".join(lines) + "\n")
+    row = scaling.read_rows(PUBLISHED)[0]
+    scaling.add_row(table, row)
+    scaling.add_row(table, row | {"seed": 7})
+    after = table.read_text().splitlines()
+    assert after[:88] == lines[:88] and after[88].startswith("ar,bpe,broken,,")
+    assert len(after) == 90 and scaling.find(row | {"seed": 7}, scaling.read_rows(table))
+
+
+def test_sweeps_at_once_lose_no_row_of_each_other(tmp_path):
+    rows = [scaling.read_rows(PUBLISHED)[0] | {"seed": seed} for seed in range(24)]
+    path = tmp_path / "runs.csv"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: scaling.add_row(path, row), rows))
+    assert all(scaling.find(row, scaling.read_rows(path)) for row in rows)
+    assert len(scaling.read_rows(path)) == 24
+
+
+@pytest.mark.parametrize("column, value", [("sha256", "0" * 64), ("context_bytes", 128)])
+def test_runs_of_different_texts_or_contexts_are_not_mixed(table, column, value):
+    rows = scaling.read_rows(table)
+    scaling.write_rows(table, [rows[0] | {column: value}, *rows[1:]])
+    done = here(table.parents[1], "scaling.py", "--plot-only")
+    assert_one_line(done, f"mix runs of different {column}", "--out")
+
+
+def test_runs_with_another_learning_rate_or_batch_stay_out_of_the_fits(published, table):
+    row = scaling.read_rows(table)[0]
+    for change in ({"lr": 0.5}, {"batch_tokens": 160}):
+        scaling.add_row(table, row | change | {"val_bpb": 9.0})
+    done = here(table.parent, "scaling.py", "--plot-only", "--out", ".")
+    assert done.stdout == published[0].stdout and "2 runs" in done.stderr
+
+
+# -----------------------------------------------------------------------------------------------
+# What is to be trained.
+
+def test_every_published_run_counts_as_done_and_no_other_setting_does():
+    rows = scaling.read_rows(PUBLISHED)
+    corpora, args = fake_corpora(rows), argparse.Namespace(context=512)
+    for row in rows:
+        configuration = row["objective"], row["tokenizer"]
+        spec = scaling.settings(configuration, row["flops_budget"], row["width"], row["seed"], args,
+                                corpora)
+        assert scaling.find(spec, rows) is row
+        for key in scaling.SETTINGS:
+            assert scaling.find(spec | {key: "another"}, rows) is None
+    args.budgets, args.widths, args.seeds = [1e12, 3e12], None, [0]
+    assert all(scaling.find(spec, rows) for spec in scaling.plan(args, corpora))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--seeds", -1), "--seeds"), (("--seeds", 2**64), "--seeds"), (("--widths", 20), "width 20"),
+    (("--widths", "9" * 400), "--widths"), (("--budgets", "nan"), "--budgets"),
+    (("--budgets", "0"), "--budgets"), (("--budgets", "1e308"), "--budgets"),
+    (("--budgets", "1e6"), "do not pay for one step"), (("--jobs", 0), "--jobs")])
+def test_a_dry_run_refuses_what_must_fail_later(workplace, flags, words):
+    assert_one_line(here(workplace, "scaling.py", *TINY, "--dry-run", *flags), words)
+
+
+def test_each_job_gets_gpus_of_its_own(tmp_path, monkeypatch):
+    rows = scaling.read_rows(PUBLISHED)
+    environments = []
+    monkeypatch.setattr(scaling.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(scaling.subprocess, "Popen",
+                        lambda *_, env, **__: environments.append(env))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7")
+    args = argparse.Namespace(nproc=2, data="pysrc")
+    for slot in range(3):
+        scaling.launch(rows[0], args, tmp_path, slot, jobs=3)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == ["2,3", "6,7", "2,3"]
+
+
+# -----------------------------------------------------------------------------------------------
+# The sweep. First with other programs in place of training, then for real.
+
+@pytest.mark.parametrize("code, words", [
+    ("import os; os.kill(os.getpid(), 9)", "killed by signal 9 (out of memory?)"),
+    ("print('error: no luck'); raise SystemExit(2)", "no luck"),
+    ("1 / 0", "ZeroDivisionError: division by zero"),
+    ("raise SystemExit(3)", "ended with status 3"),
+    ("import shutil; shutil.rmtree('runs')", "was it removed?")])
+def test_a_failed_run_is_explained_by_its_own_end(tmp_path, monkeypatch, code, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scaling, "command", lambda *_: ["-c", code])
+    spec = scaling.read_rows(PUBLISHED)[0]
+    output = Path("runs") / scaling.label(spec) / "output.txt"
+    output.parent.mkdir(parents=True)
+    output.write_text("error: of an older try\n")
+    args = argparse.Namespace(jobs=1, nproc=1)
+    failure, = scaling.sweep([spec], Path("results/runs.csv"), args, Path("runs"))
+    assert failure.startswith(f"failed: {scaling.label(spec)}: ") and words in failure
+    assert "older try" not in failure
 
 
 @pytest.fixture(scope="module")
 def swept(workplace):
-    """The tiny sweep, one of its runs done by a line of --dry-run, killed in the middle, finished by the same command: -> its folder."""
-    lines = here(workplace, "scaling.py", *TINY, "--dry-run").stdout.splitlines()
-    assert len(lines) == 24 == len(set(lines)) and not (workplace / "results").exists()
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    assert subprocess.run(lines[7], shell=True, cwd=workplace, env=environment(PATH=path), capture_output=True, timeout=60).returncode == 0
-    assert sorted(here(workplace, "scaling.py", *TINY, "--dry-run").stdout.splitlines() + lines[7:8]) == sorted(lines)
-    process = subprocess.Popen(command("scaling.py", *TINY), cwd=workplace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    table = workplace / "results" / "runs.csv"
-    while process.poll() is None and len(scaling.read_rows(table)) < 5:
+    """Four runs: one done by a line of --dry-run, one broken at first. Return (folder, outputs)."""
+    flags = ("scaling.py", *TINY, "--budgets", "1e9")
+    lines = here(workplace, *flags, "--dry-run").stdout.splitlines()
+    assert len(lines) == 4 and not (workplace / "results").exists()
+    _, script, *words = shlex.split(lines[0])
+    assert here(workplace, Path(script).name, *words).returncode == 0
+    assert here(workplace, *flags, "--dry-run").stdout.splitlines() == lines[1:]
+    broken = workplace / re.search(r"--out (\S+)", lines[3])[1]
+    broken.mkdir(parents=True)
+    (broken / "checkpoint.pt").write_text("nonsense")
+    first = here(workplace, *flags)
+    (broken / "checkpoint.pt").unlink()
+    rows = scaling.read_rows(workplace / "results" / "runs.csv")
+    second = here(workplace, *flags)
+    return workplace, broken.name, first, rows, second
+
+
+def test_a_broken_run_is_named_and_the_others_finish(swept):
+    _, name, first, rows, _ = swept
+    assert first.returncode == 2 and len(rows) == 3
+    failure, = first.stderr.splitlines()
+    assert failure.startswith(f"failed: {name}: ") and "checkpoint.pt is corrupt" in failure
+    assert "| AR, bytes | " in first.stdout
+
+
+def test_the_same_command_trains_only_what_is_missing(swept):
+    workplace, _, _, rows, second = swept
+    after = scaling.read_rows(workplace / "results" / "runs.csv")
+    assert second.returncode == 0 and "1 of 4 runs to train" in second.stdout
+    # The same seconds: not trained again.
+    assert len(after) == 4 and after[:3] == rows
+    for row in after:
+        assert 0.5e9 < row["flops_spent"] <= 1e9 and 1 < row["val_bpb"] < 8
+        assert row["objective"] == "mdm" or row["lr"] == train_ar.LEARNING_RATE[row["tokenizer"]]
+    again = here(workplace, "scaling.py", *TINY, "--budgets", "1e9", "--dry-run")
+    assert again.stdout == "" and again.returncode == 0
+
+
+def test_too_few_runs_for_a_law_show_what_there_is(swept):
+    workplace, _, _, _, second = swept
+    assert second.returncode == 0 and second.stderr == ""
+    assert "no law for AR, BPE; AR, bytes; MDM, BPE; MDM, bytes: that takes" in second.stdout
+    assert second.stdout.count("(not bracketed)") == 4
+    assert sorted(path.name for path in (workplace / "results").iterdir()) == [
+        "isoflops.png", "runs.csv"]
+
+
+def children(pid):
+    """Return the living processes whose parent is pid (Linux)."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], stdout=subprocess.PIPE)
+    return [int(word) for word in listed.stdout.split()]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such signal")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
+def test_however_a_sweep_ends_it_leaves_no_run_behind(swept, number):
+    workplace = swept[0]
+    flags = command("scaling.py", *TINY, "--budgets", "1e14", "--out", f"out{number}")
+    process = subprocess.Popen(flags, cwd=workplace, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE)
+    deadline = time.time() + 100
+    while not (runs := [pid for pid in children(process.pid)]) or len(runs) < 2:
+        assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143 and "the same command goes on" in stderr and "Traceback" not in stderr
-    before = scaling.read_rows(table)
-    assert 5 <= len(before) < 24
-    done = execute(workplace, "scaling.py", *TINY)
-    assert done.returncode == 0, done.stderr
-    after = scaling.read_rows(table)
-    assert len(after) == 24 and all(row in after for row in before)           # with the same seconds: not trained again
-    return workplace, done.stdout
-
-
-FIGURES = ("isoflops.png", "frontier.png", "gap.png", "capacity.png")
-
-
-def test_the_sweep_is_whole(swept):
-    workplace, stdout = swept
-    rows = scaling.read_rows(workplace / "results" / "runs.csv")
-    for row in rows:
-        assert 0.5 * row["flops_budget"] < row["flops_spent"] <= row["flops_budget"] and 1 < row["val_bpb"] < 8
-        assert row["lr"] == scaling.TRAIN[row["objective"]].LEARNING_RATE[row["tokenizer"]]
-    assert {(row["objective"], row["tokenizer"], row["width"], row["flops_budget"]) for row in rows} == {
-        (*cell, width, C) for cell in scaling.CELLS for width in (16, 32, 48) for C in (1e9, 3e9)}
-    assert all((workplace / "results" / name).read_bytes().startswith(b"\x89PNG") for name in FIGURES)
-    assert stdout.count("| AR, ") == 4 and "AR: the fitted frontiers" in stdout and "MDM: the fitted frontiers" in stdout
-
-
-def test_a_finished_sweep_is_not_trained_again_even_without_its_folders(swept, tmp_path):
-    workplace, stdout = swept
-    for name in ("text.txt", "results"):
-        (shutil.copytree if (workplace / name).is_dir() else shutil.copy2)(workplace / name, tmp_path / name)
-    again = here(tmp_path, "scaling.py", *TINY)
-    assert again.returncode == 0 and "24 runs, 24 of them finished; 0 FLOPs to go" in again.stdout and not (tmp_path / "runs").exists()
-    tables = [text[text.index("Laws of bits"):] for text in (stdout, again.stdout)]
-    assert tables[0] == tables[1]
-
-
-def test_figures_from_the_table_alone(swept, tmp_path):
-    workplace, stdout = swept
-    (tmp_path / "results").mkdir()
-    shutil.copy(workplace / "results" / "runs.csv", tmp_path / "results")
-    plotted = execute(tmp_path, "scaling.py", "--plot-only")
-    assert plotted.returncode == 0 and plotted.stdout.strip() == stdout[stdout.index("Laws of bits"):].strip()
-    assert all((tmp_path / "results" / name).stat().st_size > 5000 for name in FIGURES)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results"]
-
-
-def test_tables_from_run_folders(swept):
-    workplace, stdout = swept
-    runs = sorted((workplace / "runs" / "gap").iterdir())
-    plotted = here(workplace, "scaling.py", "--plot-only", "--out", "elsewhere", "--runs", *runs)
-    assert plotted.returncode == 0 and stdout[stdout.index("Laws of bits"):stdout.index("figures:")] in plotted.stdout
-
-
-def refused(folder, word, *arguments):
-    assert_one_line(here(folder, "scaling.py", *arguments), word)
-
-
-def test_bad_input_is_one_line(swept, tmp_path):
-    workplace, _ = swept
-    refused(tmp_path, "no finished runs", "--plot-only")
-    refused(workplace, "two budgets", "--plot-only", "--budgets", "1e9")
-    refused(workplace, "no finished run", "--plot-only", "--runs", "runs/nothing")
-    (tmp_path / "results").mkdir()
-    table = tmp_path / "results" / "runs.csv"
-    table.write_text("a,b\n1,2\n")
-    refused(tmp_path, "not a table of runs", "--plot-only")
-    rows = scaling.read_rows(workplace / "results" / "runs.csv")
-    for change in ({"sha256": "0" * 64}, {"context_bytes": 128}, {"lr": 0.5}, {"shuffle": 4}, {"heads": 3}):
-        scaling.write_rows(table, [rows[0] | change] + rows[1:])
-        refused(tmp_path, f"mixes runs of different {next(iter(change))}", "--plot-only")
-    for word, *arguments in (("--jobs", "--jobs", 0), ("--budgets", "--budgets", "-1"), ("--plot-only", "--runs", "a"), ("--study", "--study", "x"),
-                             ("multiple of the head dimension", *TINY, "--widths", 20)):
-        refused(workplace, word, *arguments)
-
-
-def test_other_text_goes_elsewhere_and_a_failed_run_does_not_stop_the_others(swept, tmp_path):
-    """The budget is too small for width 256: its runs fail, are named, and the rest is trained, beside the published runs and not among them."""
-    workplace, _ = swept
-    (tmp_path / "results").mkdir()
-    shutil.copy(workplace / "results" / "runs.csv", tmp_path / "results")
-    (tmp_path / "other.txt").write_bytes((workplace / "text.txt").read_bytes()[:-1])
-    done = execute(tmp_path, "scaling.py", "--data", "other.txt", "--vocab", 300, "--context", 64, "--budgets", "1e8", "--widths", 16, 256)
-    assert "hold" in done.stderr and done.returncode == 2 and done.stderr.count("failed: ") == 4 and "too small for one step" in done.stderr
-    table, = (tmp_path / "results").glob("other-*/runs.csv")
-    assert len(scaling.read_rows(table)) == 4 and len(scaling.read_rows(tmp_path / "results" / "runs.csv")) == 24
-
-
-@pytest.mark.parametrize("study", list(scaling.TABLE))
-def test_other_text_goes_aside(tmp_path, monkeypatch, study):
-    """The published tables stay what they are when someone studies another text in the same clone."""
-    shutil.copytree(ROOT / "results", tmp_path / "results")
-    monkeypatch.chdir(tmp_path)
-    sha = scaling.read_rows(Path("results/runs.csv"))[0]["sha256"]
-    for digest, folder in ((sha, "results"), ("ab" * 32, "results/notes-abababab")):
-        corpora = {"byte": types.SimpleNamespace(meta={"name": "notes", "sha256": digest})}
-        assert scaling.home(types.SimpleNamespace(study=study, out=None), corpora) == Path(folder)
+    # Long enough for most of them to have begun.
+    time.sleep(3)
+    assert all(map(alive, runs))
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=100)
+    deadline = time.time() + 30
+    while any(map(alive, runs)) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, runs))
+    if number == signal.SIGTERM:
+        assert process.returncode == 130 and stderr.count("\n") == 1 and "resumes" in stderr

@@ -1,0 +1,180 @@
+"""fragility.py: its measures against brute force, and each study end to end on real text."""
+import itertools
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import fragility
+import scaling
+import train_ar
+from bpe import Tokenizer, train_bpe
+from conftest import ROOT, assert_one_line, here
+from model import Config, Transformer
+
+TINY = ("--data", "text.txt", "--vocab", 300, "--context", 64)
+
+
+def trained_looking(causal, vocab_size=20, context=24):
+    """Return a model whose predictions are not uniform, as those of a new model are."""
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab_size, context, 32, causal)).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    return model
+
+
+def entropy_of(logits):
+    p = logits.detach().double().softmax(dim=-1).numpy()
+    return pytest.approx(-(p * np.log2(p)).sum(), abs=1e-4)
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_auroc_is_the_share_of_pairs_in_order(levels):
+    rng = np.random.default_rng(levels)
+    scores, positive = rng.integers(levels, size=200) / 7, rng.random(200) < 0.3
+    pairs = itertools.product(scores[positive], scores[~positive])
+    share = np.mean([(a > b) + (a == b) / 2 for a, b in pairs])
+    assert fragility.auroc(scores, positive) == pytest.approx(share)
+    assert fragility.auroc(scores, scores > scores.min()) == 1
+    assert math.isnan(fragility.auroc(scores, scores > 9999))
+
+
+def test_the_interval_of_auroc_is_over_sequences():
+    """Sequences that are all alike have no spread; the truth is inside the interval of others."""
+    rng = np.random.default_rng(0)
+    starts = rng.random((64, 50)) < 0.3
+    scores = rng.standard_normal((64, 50)) + starts
+    resamples = rng.integers(64, size=(200, 64))
+    area, low, high = fragility.auroc_with_interval(scores, starts, resamples)
+    expected = 0.5 * (1 + math.erf(0.5))
+    assert low < area < high and low < expected < high and high - low < 0.1
+    same = fragility.auroc_with_interval(scores[[0] * 64], starts[[0] * 64], resamples)
+    assert same == pytest.approx([fragility.auroc(scores[0], starts[0])] * 3)
+
+
+def test_token_starts_cut_the_text_into_its_tokens(source_text):
+    tokenizer = Tokenizer(train_bpe(source_text[:50_000], 400))
+    ids = tokenizer.encode(source_text[:5000])
+    starts = fragility.token_starts(tokenizer, ids)
+    assert len(starts) == 5000
+    ends = [*np.flatnonzero(starts), 5000]
+    pieces = [source_text[a:b] for a, b in itertools.pairwise(ends)]
+    assert pieces == [tokenizer.decode([i]) for i in ids]
+
+
+@torch.no_grad()
+def test_both_readings_see_what_is_before_a_position_and_nothing_else():
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(20, size=(2, 24)))
+    positions = torch.from_numpy(np.stack([rng.permutation(24)[:20] for _ in range(2)]))
+    ar, mdm = trained_looking(True), trained_looking(False)
+    by_ar = fragility.read_ar(ar, ids, positions)
+    by_mdm = fragility.read_left(mdm, ids, positions)
+    for n, p in itertools.product(range(2), range(20)):
+        at = positions[n, p]
+        before = torch.cat([torch.tensor([20]), ids[n, :at]])
+        assert by_ar[n, p].item() == entropy_of(ar(before[None])[0, -1])
+        masked = torch.cat([ids[n, :at], torch.full((24 - at,), 20)])
+        assert by_mdm[n, p].item() == entropy_of(mdm(masked[None])[0, at])
+    other = torch.from_numpy(rng.integers(20, size=(2, 24)))
+    other[:, :10] = ids[:, :10]
+    ten = torch.full((2, 1), 10)
+    for read, model in ((fragility.read_ar, ar), (fragility.read_left, mdm)):
+        assert torch.equal(read(model, ids, ten), read(model, other, ten))
+        assert not torch.equal(read(model, ids, ten + 1), read(model, other, ten + 1))
+
+
+def test_bigram_entropy_by_hand():
+    table = fragility.bigram_entropy(np.frombuffer(b"ab ab  ac ab", dtype=np.uint8))
+    # After a: b three times, c once. After b: only a blank. After a blank: a three times, a blank.
+    assert table[ord("a")] == pytest.approx(-0.75 * math.log2(0.75) - 0.25 * math.log2(0.25))
+    assert table[ord(" ")] == pytest.approx(table[ord("a")])
+    assert table[ord("b")] == table[ord("z")] == 0
+
+
+@pytest.mark.parametrize("block", [1, 2, 16, 64])
+def test_a_shuffle_permutes_within_blocks_and_costs_an_untrained_model_nothing(source_text, block):
+    stream = np.frombuffer(source_text, dtype=np.uint8)
+    plain = data.Sequences(stream, 64).spaced(16)
+    shuffled = data.Sequences(stream, 64, block).spaced(16)
+    assert (plain == shuffled).all() == (block == 1)
+    blocks = (np.sort(ids.reshape(16, -1, block), axis=2) for ids in (plain, shuffled))
+    assert np.array_equal(*blocks)
+    untrained = Transformer(Config(256, 64, 16))
+    for ids in (plain, shuffled):
+        assert train_ar.evaluate(untrained, ids, np.ones(256, dtype=int))[0] == pytest.approx(8)
+
+
+def test_the_table_shows_the_mean_over_seeds_of_the_best_width():
+    row = dict.fromkeys(scaling.SETTINGS, 0) | {"objective": "ar", "tokenizer": "byte",
+                                                "shuffle": 4, "val_bpb_stderr": 0.1}
+    runs = [(32, 0, 2.0), (32, 1, 3.0), (64, 0, 2.25), (64, 1, 2.35)]
+    rows = [row | {"width": width, "seed": seed, "val_bpb": bpb} for width, seed, bpb in runs]
+    bpb, half = fragility.summary(rows, "shuffle")["ar", "byte"][4]
+    assert bpb == pytest.approx(2.3) and half == pytest.approx(0.1645)
+
+
+def test_blocks_of_as_many_bpe_tokens_are_one_run():
+    corpus = SimpleNamespace(tokens=lambda context: 160,
+                             shuffle_tokens=lambda block, tokens: max(1, block // 4))
+    assert fragility.levels("shuffle", ("ar", "bpe"), corpus, 512) == [1, 8, 16, 32, 64, 512]
+    assert fragility.levels("span", ("mdm", "byte"), corpus, 512) == fragility.SPANS
+    assert fragility.levels("span", ("ar", "byte"), corpus, 512) == ()
+
+
+@pytest.mark.parametrize("study, runs, words", [
+    ("shuffle", 28, "| 512 | 2.81 [2.79, 2.82] | 4.53 [4.52, 4.55] |"),
+    ("span", 6, "| 2 | 4.01 [3.99, 4.03] | 3.88 [3.86, 3.90] | 2.81 [2.79, 2.83] |"),
+    ("segmentation", 7, "| AR | 1e13 | 2.096 | 0.664 [0.644, 0.686] |")])
+def test_published_tables_are_shown_without_training(tmp_path, study, runs, words):
+    for name in {study, "entropy"} - {"shuffle", "span"} | {study}:
+        shutil.copy(ROOT / "results" / f"{name}.csv", tmp_path)
+    assert len((tmp_path / f"{study}.csv").read_text().splitlines()) == 1 + runs
+    shown = here(tmp_path, "fragility.py", study, "--plot-only", "--out", tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert words in shown.stdout
+    figure = "entropy" if study == "segmentation" else study
+    assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shuffle_and_segmentation_end_to_end(workplace, monkeypatch):
+    """The runs of the first, at two lengths of blocks and of three configurations, serve both."""
+    monkeypatch.setattr(fragility, "BLOCKS", (1,))
+    three = [("ar", "bpe"), ("ar", "byte"), ("mdm", "byte")]
+    monkeypatch.setattr(fragility, "CONFIGURATIONS",
+                        {key: scaling.CONFIGURATIONS[key] for key in three})
+    flags = (*TINY, "--budgets", "5e8", "--widths", 16, "--out", "why")
+    planned = here(workplace, "fragility.py", "shuffle", *flags, "--dry-run")
+    assert len(set(planned.stdout.splitlines())) == 6, planned.stderr
+    done = here(workplace, "fragility.py", "shuffle", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = scaling.read_rows(workplace / "why" / "shuffle.csv")
+    assert len({row["val_bpb"] for row in rows}) == 6
+    assert {row["shuffle"] for row in rows} == {1, 64}
+    again = here(workplace, "fragility.py", "shuffle", *flags, "--dry-run")
+    assert again.returncode == 0 and again.stdout == ""
+
+    folders = sorted((workplace / "runs" / "shuffle").iterdir())
+    flags = ("segmentation", *TINY, "--out", "why")
+    done = here(workplace, "fragility.py", *flags, "--runs", *folders)
+    assert done.returncode == 0, done.stderr
+    assert all(f"| {title} |" in done.stdout for title in fragility.READINGS.values())
+    for name in ("shuffle", "entropy"):
+        assert (workplace / "why" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert here(workplace, "fragility.py", *flags, "--plot-only").stdout in done.stdout
+    flags = ("segmentation", "--runs", *folders, "--data", "text.txt", "--vocab", 60_000)
+    assert_one_line(here(workplace, "fragility.py", *flags), "too small", "60000")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("shuffle", *TINY, "--context", 72), "72 is not divisible by 16"),
+    (("span", *TINY, "--context", 72), "72 is not divisible by 16"),
+    (("span", "--plot-only", "--out", "nowhere"), "no finished run"),
+    (("segmentation", *TINY, "--runs", "nowhere"), "no finished byte run"),
+    (("segmentation", "--plot-only", "--out", "nowhere"), "segmentation.csv")])
+def test_bad_input_is_one_line(workplace, arguments, words):
+    assert_one_line(here(workplace, "fragility.py", *arguments), words)

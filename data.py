@@ -222,7 +222,11 @@ def open_any(file):
     if file.suffix == ".zst":
         if zstd is None:
             raise InputError(f"{file} needs Python 3.14, or: pip install zstandard")
-        return io.BufferedReader(zstd.open(file, "rb"))
+        if hasattr(zstd, "ZstdFile"):
+            return zstd.open(file)
+        # The package's own open() would stop at the end of the first frame.
+        reader = zstd.ZstdDecompressor().stream_reader(open(file, "rb"), read_across_frames=True)
+        return io.BufferedReader(reader)
     return open(file, "rb")
 
 

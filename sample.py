@@ -328,12 +328,12 @@ def parse_arguments():
     parser = run.make_parser(__doc__)
     flag = parser.add_argument
     flag("run", type=Path, nargs="?", help="run folder (default: the newest finished in runs/)")
-    flag("--length", type=run.number(int, 1, 100_000), help="tokens (default: a context)")
+    flag("--length", type=run.number(int, 1, 100_000), help="tokens (default: fill the context)")
     flag("--samples", type=run.number(int, 1, 256), default=1)
     flag("--temperature", type=temperature, default=1.0, help="0: always the most likely token")
     flag("--top-k", type=run.number(int, 0, 2**31), default=0, help="of the k likeliest (0: all)")
     flag("--seed", type=run.number(int, 0, 2**63 - 1), default=0)
-    flag("--steps", type=run.number(int, 1, 100_000), help="MDM: in a context (default: T)")
+    flag("--steps", type=run.number(int, 1, 100_000), help="MDM (default: one a token)")
     flag("--order", choices=("random", "confident", "blocks"),
          help="MDM: random (exact, the default), confident first, or blocks from left to right")
     flag("--watch", action="store_true", help="MDM: show the text as it is filled")

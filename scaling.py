@@ -71,22 +71,23 @@ def bracket(objective, flops, count=4):
     return sorted(nearest[:count])
 
 
+def whole_sequences(batch, tokens):
+    """Return the tokens in a batch of about batch tokens, in sequences of so many tokens."""
+    return tokens * max(1, round(batch / tokens))
+
+
 def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=None, shuffle=1,
              span=1, schedule="linear"):
     """Return the settings of a run, a dict with the keys of SETTINGS, as its row will have them.
 
     lr and batch (tokens): the tuned ones, unless given. corpora: as load_corpora returns them.
-    Raises InputError for a run that must fail.
+    Raises InputError if the budget does not pay for a step.
     """
     objective, tokenizer = configuration
     corpus, train = corpora[tokenizer], TRAIN[objective]
     tokens = corpus.tokens(args.context)
-    batch = batch or train.batch_tokens(flops, tokenizer)
-    try:
-        config = Config(corpus.tokenizer.vocab_size, tokens, width)
-    except ValueError as error:
-        raise InputError(f"--widths {width}: {error}") from None
-    batch_tokens = tokens * max(1, round(batch / tokens))
+    config = Config(corpus.tokenizer.vocab_size, tokens, width)
+    batch_tokens = whole_sequences(batch or train.batch_tokens(flops, tokenizer), tokens)
     if flops < flops_per_token(config) * batch_tokens:
         raise InputError(f"{exact(flops)} FLOPs do not pay for one step of "
                          f"{CONFIGURATIONS[configuration]} at width {width}: raise --budgets, or "
@@ -110,17 +111,22 @@ def load_corpora(args):
     """Return {"byte": Corpus, "bpe": Corpus} of args.data, which is changed to name its shards.
 
     All runs read the same shards, as many as the run that reads most. A dry run reads one shard, to
-    know how many tokens a sequence has, so its sha256 is not known: None.
+    know how many tokens a sequence has, so its sha256 is not known: None. Raises InputError for a
+    width that no model can have.
     """
-    needs = [run.bytes_needed(flops, width, tokenizer, args.vocab, args.context)
-             for flops in args.budgets for objective, tokenizer in CONFIGURATIONS
-             for width in args.widths or bracket(objective, flops)]
+    try:
+        needs = [run.bytes_needed(flops, width, tokenizer, args.vocab, args.context)
+                 for flops in args.budgets for objective, tokenizer in CONFIGURATIONS
+                 for width in args.widths or bracket(objective, flops)]
+    except ValueError as error:
+        raise InputError(f"--widths: {error}") from None
     whole = data.with_shards(args.data, max(needs))
     source = data.with_shards(args.data, 1) if args.dry_run else whole
     corpora = {tokenizer: data.load(source, tokenizer, args.vocab) for tokenizer in ("byte", "bpe")}
     if source != whole:
         for corpus in corpora.values():
-            corpus.meta |= {"name": whole.replace(":", "-"), "sha256": None}
+            corpus.name = whole.replace(":", "-")
+            corpus.meta["sha256"] = None
     args.data = whole
     return corpora
 
@@ -400,9 +406,9 @@ def train_missing(specs, path, args, folder):
 
 def by_the_rules(row):
     """Return whether a run has today's batch and learning rate, and nothing that others study."""
-    train, tokens = TRAIN[row["objective"]], row["context_tokens"]
+    train = TRAIN[row["objective"]]
     batch = train.batch_tokens(row["flops_budget"], row["tokenizer"])
-    return (row["batch_tokens"] == tokens * max(1, round(batch / tokens))
+    return (row["batch_tokens"] == whole_sequences(batch, row["context_tokens"])
             and row["lr"] == train.LEARNING_RATE[row["tokenizer"]]
             and row["shuffle"] == row["span"] == 1 and row["schedule"] in ("", "linear"))
 

@@ -1,280 +1,427 @@
-"""data.py: the BPE against a brute force, corpora that lose no byte, batches that are pure."""
+"""data.py: what a corpus becomes, downloads from a local server, caches, and training sequences."""
 import gzip
+import hashlib
+import http.server
 import io
 import json
-import random
-import re
+import os
 import subprocess
 import sys
-from collections import Counter
+import threading
+import time
+import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, execute
+from conftest import ROOT
 
-import bpe
 import data
-from run import InputError
-
-ALPHABETS = [b"ab", b"ab ", b"aaab\x00 ", b"it's ll\n", b"\xc8\xc9 ", bytes(range(256))]
+from data import InputError, Sequences
 
 
-def brute_force_bpe(text, vocab_size):
-    words, merges = [[bytes([b]) for b in word] for word in bpe.PRETOKEN.findall(text)], []
-    while len(merges) < vocab_size - 256:
-        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
-        if not counts:
-            break
-        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
-        words = [merge(word, merges[-1]) for word in words]
-    return merges
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Each test has its own current folder, and so its own cache."""
+    monkeypatch.chdir(tmp_path)
 
 
-def merge(word, pair):
-    out, i = [], 0
-    while i < len(word):
-        width = 2 if tuple(word[i:i + 2]) == pair else 1
-        out.append(b"".join(word[i:i + width]))
-        i += width
-    return out
+def cache_of(path):
+    (folder,) = (folder for folder in data.CACHE.glob(f"{path}-*byte"))
+    return folder
 
 
-def brute_force_encode(merges, text):
-    out = []
-    for word in bpe.PRETOKEN.findall(text):
-        word = [bytes([b]) for b in word]
-        while present := [pair for pair in merges if pair in set(zip(word, word[1:]))]:
-            word = merge(word, present[0])
-        out += word
-    return out
+# -----------------------------------------------------------------------------------------------
+# From files to a stream.
+
+def write_folder(source_text, count=40):
+    folder = data.Path("texts")
+    folder.mkdir()
+    size = len(source_text) // count
+    for i in range(count):
+        (folder / f"{i:02}.py").write_bytes(source_text[i * size:(i + 1) * size])
+    return folder
 
 
-@pytest.mark.parametrize("alphabet", ALPHABETS)
-def test_bpe_equals_brute_force_on_random_text(alphabet):
-    rng = random.Random(0)
-    for length, vocab_size in ((5, 300), (60, 257), (60, 270), (400, 300), (2000, 330)):
-        text = bytes(rng.choices(alphabet, k=length))
-        merges = data.train_bpe(text, vocab_size)
-        assert merges == brute_force_bpe(text, vocab_size)
-        tokenizer = data.Tokenizer(merges)
-        other = bytes(rng.choices(alphabet, k=300))
-        for piece in (text, other):
-            assert [tokenizer.tokens[i] for i in tokenizer.encode(piece)] == brute_force_encode(merges, piece)
+def test_documents_are_split_by_their_content_and_joined_by_zero_bytes(source_text):
+    folder = write_folder(source_text)
+    texts = [path.read_bytes() for path in sorted(folder.iterdir())]
+    corpus = data.load("texts")
+    streams = [stream.tobytes() for stream in (corpus.train, corpus.val)]
+    found = [stream.split(b"\0") for stream in streams]
+    assert sorted(found[0] + found[1]) == sorted(texts)
+    last_of_val = max(map(data.bucket, found[1]))
+    assert last_of_val < min(map(data.bucket, found[0]))
+    assert 0.049 <= len(streams[1]) / (len(streams[0]) + len(streams[1])) < 0.15
+    assert corpus.meta["sha256"] == hashlib.sha256(b"\0".join(texts)).hexdigest()
+    assert corpus.meta["train_bytes"] == len(streams[0])
+    assert not set(found[0]) & set(found[1])
 
 
-def test_bpe_equals_brute_force_on_real_text(source_text):
-    merges = data.train_bpe(source_text[:20_000], 350)
-    assert merges == brute_force_bpe(source_text[:20_000], 350)
-    tokenizer = data.Tokenizer(merges)
-    assert [tokenizer.tokens[i] for i in tokenizer.encode(source_text[-5000:])] == brute_force_encode(merges, source_text[-5000:])
+def test_all_formats_give_the_same_stream(source_text):
+    lines = [{"text": text} for text in source_text.decode("latin-1").split("\n\n")]
+    jsonl = "\n".join(map(json.dumps, lines)).encode()
+    for name, content in (("a.jsonl", jsonl), ("b.jsonl.gz", gzip.compress(jsonl)),
+                          ("c.json.gz", gzip.compress(jsonl))):
+        data.Path(name).write_bytes(content)
+    streams = {data.load(name).train.tobytes() for name in ("a.jsonl", "b.jsonl.gz", "c.json.gz")}
+    assert len(streams) == 1
+    data.Path("d.txt").write_bytes(source_text)
+    data.Path("e.txt.gz").write_bytes(gzip.compress(source_text, mtime=0))
+    plain, packed = (data.load(name) for name in ("d.txt", "e.txt.gz"))
+    assert plain.name == "d" and packed.name == "e"
+    joined = plain.train.tobytes() + plain.val.tobytes()
+    assert len(joined.replace(b"\0", b"")) == len(source_text)
 
 
-def test_merges_that_spell_the_same_bytes():
-    merges = [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"a", b"bc"), (b"abc", b"d")]
-    tokenizer = data.Tokenizer(merges)
-    assert tokenizer.vocab_size == 261
-    for text in (b"abcd", b"bcabcdabc", b"aabcdd"):
-        assert [tokenizer.tokens[i] for i in tokenizer.encode(text)] == brute_force_encode(merges, text)
+def test_zst_is_opened_frame_by_frame_or_named(source_text):
+    if data.zstd is None:
+        data.Path("a.txt.zst").write_bytes(b"anything")
+        with pytest.raises(InputError, match="pip install zstandard"):
+            data.load("a.txt.zst")
+        return
+    half = len(source_text) // 2
+    frames = [data.zstd.compress(part) for part in (source_text[:half], source_text[half:])]
+    data.Path("a.txt.zst").write_bytes(b"".join(frames))
+    found = b"".join(data.documents([data.Path("a.txt.zst")], False))
+    assert found == source_text
 
 
-def test_any_bytes_survive(source_text):
-    tokenizer = data.Tokenizer(data.train_bpe(source_text, 1000))
-    rng = random.Random(1)
-    for text in (b"", b"\x00", rng.randbytes(100_000), "naïve 漢字 🙂\r\n".encode() * 50, b"a" * 5000, source_text, bytes(3000)):
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.bytes_per_id[ids].sum() == len(text)
-        assert data.Tokenizer().decode(data.Tokenizer().encode(text)) == text
-    assert len(source_text) / len(tokenizer.encode(source_text)) > 2.5        # and real text gets shorter
+def test_bpe_tokens_decode_to_the_same_stream(source_text):
+    data.Path("text.txt").write_bytes(source_text)
+    raw, bpe = data.load("text.txt"), data.load("text.txt", "bpe", 512)
+    for split in ("train", "val"):
+        ids = getattr(bpe, split)
+        assert bpe.tokenizer.decode(ids) == getattr(raw, split).tobytes()
+    assert bpe.meta["bytes_per_token"] == len(raw.train) / len(bpe.train) > 1.5
+    assert bpe.tokens(512) % 16 == 0 and raw.tokens(512) == 512
+    assert 160 % bpe.shuffle_tokens(8, 160) == 0
 
 
-def test_pieces_cut_like_the_whole():
-    rng = random.Random(2)
-    for _ in range(300):
-        text = bytes(rng.choices(b"'ls lr1.\x00\n\t\xc3", k=100))
-        whole = bpe.PRETOKEN.findall(text)
-        assert b"".join(whole) == text
-        for size in (25, 26, 31, 60):
-            assert [word for piece in bpe.pretokens(io.BytesIO(text), size) for word in piece] == whole
+def test_many_cores_encode_like_one(source_text, monkeypatch):
+    data.Path("text.txt").write_bytes(source_text)
+    one = data.load("text.txt", "bpe", 300)
+    monkeypatch.setattr(data, "MANY_CORES_FROM", 0)
+    path = cache_of("text") / "train.bin"
+    many = np.concatenate(list(data.encode_file(one.tokenizer, path)))
+    assert (many == one.train).all()
+    pieces = list(data.parts(path, size=5000))
+    assert len(pieces) > 5 and pieces[-1][2] == path.stat().st_size
+    assert b"".join(map(data.read_part, pieces)) == path.read_bytes()
 
 
-def test_no_merge_crosses_a_document_border():
-    merges = data.train_bpe(b"ab\x00ab\x00" * 100, 300)
-    assert merges == [(b"a", b"b")]
+def test_another_tokenizer_is_two_names_in_data(source_text, monkeypatch):
+    """The most frequent characters as tokens, single bytes for the rest."""
+    class Characters:
+        def __init__(self, characters=()):
+            self.tokens = [bytes([i]) for i in range(256)] + list(characters)
+            self.ids = {token: i for i, token in enumerate(self.tokens)}
+            self.vocab_size = len(self.tokens)
+            self.bytes_per_id = np.array([len(token) for token in self.tokens])
+
+        @classmethod
+        def from_hex(cls, texts):
+            return cls([bytes.fromhex(text) for text in texts])
+
+        def to_hex(self):
+            return [token.hex() for token in self.tokens[256:]]
+
+        def encode(self, text):
+            ids = []
+            for character in text.decode(errors="surrogateescape"):
+                raw = character.encode(errors="surrogateescape")
+                ids += [self.ids[raw]] if raw in self.ids else list(raw)
+            return np.array(ids, dtype=np.uint16)
+
+        def decode(self, ids):
+            return b"".join(self.tokens[i] for i in ids)
+
+    def learn(text, vocab_size):
+        letters = sorted({c for c in text.decode(errors="ignore") if ord(c) > 127})
+        return [letter.encode() for letter in letters[:vocab_size - 256]]
+    monkeypatch.setattr(data, "train_bpe", learn)
+    monkeypatch.setattr(data, "Tokenizer", Characters)
+    text = "Größe, naïve café, Привет\n".encode() * 4000
+    data.Path("text.txt").write_bytes(text)
+    corpus = data.load("text.txt", "bpe", 265)
+    assert corpus.tokenizer.vocab_size == 265 and corpus.meta["bytes_per_token"] > 1.1
+    assert corpus.tokenizer.decode(corpus.train) == data.load("text.txt").train.tobytes()
 
 
-@pytest.mark.parametrize("vocab_size", [-1, 256, 65537])
-def test_vocabulary_out_of_range(vocab_size):
-    with pytest.raises(InputError):
-        data.train_bpe(b"text", vocab_size)
+# -----------------------------------------------------------------------------------------------
+# Caches.
+
+def test_a_corpus_is_prepared_once_and_again_when_its_source_changes(source_text):
+    path = data.Path("text.txt")
+    path.write_bytes(source_text)
+    data.load("text.txt")
+    before = (cache_of("text") / "meta.json").stat().st_mtime_ns
+    data.load("text.txt")
+    assert (cache_of("text") / "meta.json").stat().st_mtime_ns == before
+    path.write_bytes(source_text[1000:])
+    assert data.load("text.txt").meta["train_bytes"] < len(source_text) - 1000
 
 
-def test_vocabulary_bounds():
-    text = random.Random(3).randbytes(200_000)
-    assert len(data.train_bpe(text, 257)) == 1
-    merges = data.train_bpe(text, 65536)
-    assert data.Tokenizer(merges).decode(data.Tokenizer(merges).encode(text)) == text
+DAMAGES = {
+    "truncated": lambda folder: os.truncate(folder / "train.bin", 1000),
+    "flipped": lambda folder: flip(folder / "train.bin"),
+    "zeros": lambda folder: (folder / "val.bin").write_bytes(
+        bytes((folder / "val.bin").stat().st_size)),
+    "removed": lambda folder: (folder / "val.bin").unlink(),
+    "no meta": lambda folder: (folder / "meta.json").unlink(),
+    "half a meta": lambda folder: os.truncate(folder / "meta.json", 30),
+    "foreign meta": lambda folder: (folder / "meta.json").write_text("[1, 2]"),
+    "another number": lambda folder: edit(folder, bytes_per_token=3.0),
+    "other merges": lambda folder: edit(folder, merges=[["61", "62"]])}
 
 
-def test_merges_of_unknown_tokens_are_refused():
-    with pytest.raises(InputError):
-        data.Tokenizer([(b"a", b"bc")])
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[500:520] = bytes(255 - byte for byte in content[500:520])
+    path.write_bytes(content)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def edit(folder, **changes):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_prepared_again_with_one_line(source_text, capsys, damage):
+    data.Path("text.txt").write_bytes(source_text[:100_000])
+    good = [data.load("text.txt", *kind) for kind in ((), ("bpe", 300))]
+    streams = [(corpus.train.tobytes(), corpus.val.tobytes()) for corpus in good]
+    for folder in data.CACHE.glob("text-*"):
+        DAMAGES[damage](folder)
+    capsys.readouterr()
+    again = [data.load("text.txt", *kind) for kind in ((), ("bpe", 300))]
+    assert [(corpus.train.tobytes(), corpus.val.tobytes()) for corpus in again] == streams
+    assert [corpus.meta["merges"] for corpus in again] == [corpus.meta["merges"] for corpus in good]
+    assert capsys.readouterr().err.count("prepared again") == 2
+
+
+def test_two_corpora_of_one_name_have_two_caches(source_text):
+    for name, text in (("a", source_text[:100_000]), ("b", source_text[100_000:])):
+        data.Path(name).mkdir()
+        (data.Path(name) / "text.txt").write_bytes(text)
+    first, second = (data.load(f"{name}/text.txt", "bpe", 300) for name in "ab")
+    assert first.name == second.name == "text"
+    assert first.meta["sha256"] != second.meta["sha256"]
+    assert len(list(data.CACHE.glob("text-*-bpe300"))) == 2
+    assert (data.load("a/text.txt", "bpe", 300).train == first.train).all()
+
+
+def test_processes_that_prepare_an_outdated_corpus_at_once_agree(source_text):
+    path = data.Path("text.txt")
+    path.write_bytes(source_text[:60_000])
+    data.load("text.txt", "bpe", 300)
+    path.write_bytes(source_text[60_000:160_000])
+    code = "import data; print(data.load('text.txt', 'bpe', 300).meta['sha256'])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    running = [subprocess.Popen([sys.executable, "-c", code], env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    results = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], results
+    assert len({out for out, _ in results}) == 1
+    assert not list(data.CACHE.glob(".preparing-*"))
+
+
+def test_what_a_killed_process_left_is_removed(source_text):
+    left = data.CACHE / ".preparing-abc"
+    left.mkdir(parents=True)
+    (left / "train.bin").write_bytes(b"half")
+    data.Path("text.txt").write_bytes(source_text)
+    data.load("text.txt")
+    assert not left.exists()
+
+
+# -----------------------------------------------------------------------------------------------
+# Bad input.
+
+def test_bad_sources_are_refused_at_once_and_leave_nothing(tmp_path):
+    os.mkfifo("fifo")
+    data.Path("empty").mkdir()
+    data.Path("small.txt").write_bytes(b"small")
+    data.Path("cut.txt.gz").write_bytes(gzip.compress(os.urandom(5000))[:3000])
+    bad = {"": "neither", "nowhere": "neither", "/dev/zero": "neither", "fifo": "neither",
+           "empty": "too small", "small.txt": "too small", "cut.txt.gz": "damaged",
+           "enwik8:3": "neither", "c4": "shards", "c4:0": "shards", "c4:x": "shards",
+           "slimpajama:59001": "shards"}
+    began = time.monotonic()
+    for name, word in bad.items():
+        with pytest.raises(InputError, match=word):
+            data.load(name)
+    assert time.monotonic() - began < 5
+    assert not data.CACHE.exists()
+
+
+@pytest.mark.parametrize("line", [
+    "{", "[" * 100_000, '{"text": 3}', '{"other": "x"}', "3", f'{{"text": {"9" * 6000}}}', "\xff"])
+def test_a_bad_line_of_jsonl_is_named(line):
+    data.Path("a.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line.encode("latin-1"))
+    with pytest.raises(InputError, match='a.jsonl, line 3: not a JSON object with a "text"'):
+        data.load("a.jsonl")
+
+
+# -----------------------------------------------------------------------------------------------
+# Downloads, from a server that may be hostile.
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves content; plan says what goes wrong, request by request."""
+    content = b""
+    etag = None
+    plan = []
+    asked = []
+
+    def do_GET(self):
+        fault = self.plan.pop(0) if self.plan else ""
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.asked.append(start)
+        if fault == "404" or start > len(self.content):
+            return self.send_error(404 if fault == "404" else 416)
+        if fault == "no ranges":
+            start = 0
+        body = self.content[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            first = start + 7 if fault == "wrong start" else start
+            self.send_header("Content-Range", f"bytes {first}-/{len(self.content)}")
+        if self.etag:
+            self.send_header("X-Linked-ETag", f'"{self.etag}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:len(body) // 2] if fault == "break" else body)
+
+    def log_message(self, *arguments):
+        pass
+
 
 @pytest.fixture
-def documents(tmp_path, monkeypatch, source_text):
-    """A folder of 120 different files, one of them twice, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "texts" / "sub").mkdir(parents=True)
-    texts = [source_text[i * 2000:i * 2000 + 500 + 10 * i] for i in range(120)]
-    for i, text in enumerate(texts):
-        (tmp_path / "texts" / ("sub" if i % 2 else ".") / f"{i}.txt").write_bytes(text)
-    (tmp_path / "texts" / "again.txt").write_bytes(texts[0])
-    (tmp_path / "texts" / ".hidden").write_bytes(b"not text")
-    return texts + texts[:1]
+def server(source_text, monkeypatch):
+    """A corpus c4 of one shard, and an archive enwik8, on a server of this machine."""
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{served.server_port}"
+    Server.plan, Server.asked, Server.etag = [], [], None
+    lines = [json.dumps({"text": text}) for text in source_text.decode("latin-1").split("\n\n")]
+    Server.content = gzip.compress("\n".join(lines).encode())
+    monkeypatch.setitem(data.SHARDS, "c4", (9, 1e5, lambda i: f"{address}/en/shard-{i}.json.gz"))
+    sha256 = hashlib.sha256(source_text).hexdigest()
+    monkeypatch.setitem(data.ARCHIVES, "enwik8", (f"{address}/a.zip", len(source_text), sha256))
+    yield Server
+    served.shutdown()
 
 
-def test_split_loses_no_byte_and_shares_no_document(documents):
-    corpus = data.load("texts")
-    train, val = (stream.tobytes().split(b"\x00") for stream in (corpus.train, corpus.val))
-    assert sorted(train + val) == sorted(documents)
-    assert not set(train) & set(val)
-    assert corpus.meta["train_bytes"] == len(corpus.train) and corpus.meta["val_bytes"] == len(corpus.val)
-    assert 0.05 <= len(corpus.val) / (len(corpus.val) + len(corpus.train)) < 0.12
-    bpe = data.load("texts", "bpe", 400)
-    assert bpe.tokenizer.decode(bpe.train) == corpus.train.tobytes() and bpe.tokenizer.decode(bpe.val) == corpus.val.tobytes()
-    assert bpe.meta["sha256"] == corpus.meta["sha256"]
-    assert bpe.meta["bytes_per_token"] == pytest.approx(len(corpus.train) / len(bpe.train))
+def test_a_broken_download_resumes(server):
+    server.plan = ["break"]
+    with pytest.raises(InputError, match="the same command resumes the download"):
+        data.load("c4:1")
+    data.load("c4:1")
+    assert server.asked[0] == 0 and server.asked[1] == len(server.content) // 2
+    assert data.load("c4:1").name == "c4-1" and len(server.asked) == 2
+    assert not list(data.CACHE.rglob("*.part"))
 
 
-def test_a_file_is_prepared_once_and_again_when_it_changes(tmp_path, monkeypatch, source_text):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_bytes(source_text)
-    first = data.load("a.txt", "bpe", 300)
-    made = (tmp_path / "data/a-byte/train.bin").stat().st_mtime_ns
-    data.load("a.txt", "bpe", 300)
-    assert (tmp_path / "data/a-byte/train.bin").stat().st_mtime_ns == made
-    (tmp_path / "a.txt").write_bytes(source_text[::-1])
-    second = data.load("a.txt", "bpe", 300)
-    assert second.meta["sha256"] != first.meta["sha256"]
-    assert second.tokenizer.decode(second.train) == data.load("a.txt").train.tobytes()
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["a-bpe300", "a-byte"]
-
-
-def test_gz_and_jsonl_hold_the_same_text(tmp_path, monkeypatch, documents, source_text):
-    rows = "\n".join(json.dumps({"id": i, "text": text.decode("latin-1")}) for i, text in enumerate(documents)).encode()
-    (tmp_path / "plain.jsonl").write_bytes(rows)
-    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(rows))
-    (tmp_path / "one.txt").write_bytes(source_text)
-    (tmp_path / "two.txt.gz").write_bytes(gzip.compress(source_text))
-    plain, packed = data.load("plain.jsonl"), data.load("packed.jsonl.gz")
-    assert plain.meta["sha256"] == packed.meta["sha256"]
-    assert sorted((plain.train.tobytes() + b"\x00" + plain.val.tobytes()).split(b"\x00")) == \
-        sorted(text.decode("latin-1").encode() for text in documents)
-    for name in ("one.txt", "two.txt.gz"):                    # cut into pieces at line ends, none lost
-        corpus = data.load(name)
-        pieces = (corpus.train.tobytes() + b"\x00" + corpus.val.tobytes()).split(b"\x00")
-        assert len(b"".join(pieces)) == len(source_text) and Counter(b"".join(pieces)) == Counter(source_text)
-        assert sum(piece in source_text and piece.endswith(b"\n") for piece in pieces) >= len(pieces) - 1
-
-
-def test_two_processes_at_once_both_get_a_whole_cache(documents, tmp_path):
-    code = "import sys, data; sys.exit(not data.Tokenizer.decode(c := data.load('texts', 'bpe', 300).tokenizer, " \
-           "data.load('texts', 'bpe', 300).train) == data.load('texts').train.tobytes())"
-    racers = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT))) for _ in range(4)]
-    assert [racer.wait() for racer in racers] == [0] * 4
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["texts-bpe300", "texts-byte"]
-
-
-def test_many_cores_encode_as_one(tmp_path, monkeypatch, source_text):
-    text = (source_text[:50_000] + b"\0") * 3 + b"x" * 100_000 + b"\0\0" + source_text
-    (tmp_path / "text.bin").write_bytes(text)
-    cuts = list(data.parts(tmp_path / "text.bin", 40_000))
-    assert [a for a, _ in cuts] == [0] + [b for _, b in cuts][:-1] and cuts[-1][1] == len(text) and len(cuts) > 3
-    assert all(text[b - 1] == 0 for _, b in cuts[:-1])
-    tokenizer = bpe.Tokenizer(bpe.train_bpe(source_text, 300))
-    monkeypatch.setattr(data, "MANY_CORES_FROM", 0)
-    monkeypatch.setattr(data.parts, "__defaults__", (40_000,))
-    found = np.concatenate(list(data.encode_file(tokenizer, tmp_path / "text.bin")))
-    assert (found == tokenizer.encode(text)).all()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_bounded(tmp_path, source_text):
-    """Ten times the text takes no more memory to prepare, as bytes and as BPE. (2 GB stay under 1 GB.)"""
-    peaks = []
-    for copies in (20, 200):
-        path = tmp_path / f"{copies}.txt"
-        path.write_bytes(source_text * copies)
-        code = f"import data; data.BPE_SAMPLE = 2**21; data.prepare({path.name!r}, 300); " \
-               "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
-        peaks.append(int(done.stdout) / 1024)
-    assert peaks[1] < peaks[0] + 40, peaks                    # MiB
-
-
-@pytest.mark.parametrize("content, name", [
-    (b"", "empty.txt"), (b"short", "short.txt"), (b"\x1f\x8b\x08 no archive", "broken.gz"),
-    (gzip.compress(b"line\n" * 9000, mtime=0)[:-30], "cut.txt.gz"), (b"PK no gzip", "zip.gz"),
-    (b'{"text": "a"}\nnot json\n', "bad.jsonl"), (b'{"body": "a"}\n', "key.jsonl"), (b'{"text": 1}\n', "number.jsonl"), (b"[1]\n", "list.jsonl")])
-def test_bad_corpora(tmp_path, content, name):
-    (tmp_path / name).write_bytes(content)
-    done = execute(tmp_path, "data.py", "--data", name)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and name.split(".")[0] in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_data_script_shows_both_cuts(workplace):
-    done = execute(workplace, "data.py", "--data", "text.txt", "--vocab", 400)
-    assert done.returncode == 0 and "bpe 400" in done.stdout and "sha256" in done.stdout
-    _, byte_cut, bpe_cut = re.split(r"\n\n.* training tokens of .* bytes\n", done.stdout)
-    assert byte_cut.replace("|", "").strip() == bpe_cut.replace("|", "").strip() != ""
-    assert byte_cut.count("|") > 1.5 * bpe_cut.count("|")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-def test_batches_are_pure_and_cover_an_epoch_once():
-    stream = np.arange(10_000)
-    windows = data.Windows(stream, 16)
-    first = windows.batch(7, 3, 8)
-    for step in range(50):
-        windows.batch(8, step, 8)
-    assert (windows.batch(7, 3, 8) == first).all() and (data.Windows(stream, 16).batch(7, 3, 8) == first).all()
-    assert (windows.batch(8, 3, 8) != first).any()
-    per_epoch = 10_000 // 16 - 1
-    seen = windows.batch(7, 0, per_epoch)                     # an epoch in one batch
-    assert len(np.unique(seen)) == seen.size == per_epoch * 16
-    assert (np.diff(seen, axis=1) == 1).all()
-    split = np.concatenate([windows.batch(7, step, 48) for step in range(per_epoch // 48)])
-    assert (split == seen[:len(split)]).all()                 # whatever the batch size, the same order
-    assert set(windows.batch(7, 1, per_epoch)[:, 0]) != set(seen[:, 0])       # the next epoch cuts elsewhere
-
-
-def test_spaced_windows_do_not_overlap():
-    seen = data.Windows(np.arange(1000), 16).spaced(20)
-    assert seen.shape == (20, 16) and len(np.unique(seen)) == seen.size
-    assert data.Windows(np.arange(1000), 16).spaced(10**6).shape == (62, 16)
-
-
-@pytest.mark.parametrize("block", [2, 4, 16, 64])
-def test_shuffle_is_one_bijection_of_every_block(block):
-    order = data.shuffled(64, block)
-    assert (np.sort(order.reshape(-1, block), axis=1) == np.arange(64).reshape(-1, block)).all()
-    assert ((order.reshape(-1, block) - order.reshape(-1, block).min(axis=1, keepdims=True)) == order[:block]).all()
-    assert (order != np.arange(64)).any()
-    plain, mixed = data.Windows(np.arange(5000), 64), data.Windows(np.arange(5000), 64, shuffle=block)
-    assert (np.sort(mixed.batch(0, 0, 4)) == plain.batch(0, 0, 4)).all()
-    assert (np.sort(mixed.spaced(5)) == plain.spaced(5)).all()
-
-
-def test_shuffle_of_one_is_the_plain_order():
-    assert (data.shuffled(64, 1) == np.arange(64)).all()
-
-
-@pytest.mark.parametrize("length, context, shuffle", [(30, 16, 1), (1000, 16, 3), (1000, 16, 0), (1000, 16, 32)])
-def test_windows_that_cannot_be(length, context, shuffle):
+def test_a_server_without_ranges_starts_again(server):
+    server.plan = ["break", "no ranges"]
     with pytest.raises(InputError):
-        data.Windows(np.arange(length), context, shuffle)
+        data.load("c4:1")
+    assert data.load("c4:1").meta["documents"] > 100
+
+
+@pytest.mark.parametrize("fault", ["wrong start", "wrong etag", "416", "not gzip", "not json"])
+def test_what_arrives_wrong_is_deleted_and_fetched_again(server, fault):
+    good, etag = server.content, hashlib.sha256(server.content).hexdigest().upper()
+    server.etag = etag
+    part = data.CACHE / "downloads/c4/en-shard-0.json.gz.part"
+    part.parent.mkdir(parents=True)
+    if fault == "wrong start":
+        part.write_bytes(good[:100])
+        server.plan = ["wrong start"]
+    if fault == "wrong etag":
+        part.write_bytes(b"another version")
+    if fault == "416":
+        part.write_bytes(gzip.compress(os.urandom(2 * len(good))))
+    if fault.startswith("not"):
+        server.etag = None
+        server.content = b"no gzip" if fault == "not gzip" else gzip.compress(b"no json")
+    with pytest.raises(InputError, match="deleted .*, the same command fetches it again"):
+        data.load("c4:1")
+    server.content, server.etag = good, etag
+    assert data.load("c4:1").meta["documents"] > 100
+
+
+def test_a_dead_mirror_is_named_with_another_way(server):
+    server.plan = ["404"]
+    with pytest.raises(InputError, match=r"http://\S+: 404 .*take another --data"):
+        data.load("c4:1")
+
+
+@pytest.mark.parametrize("fault", ["", "damaged", "another text"])
+def test_an_archive_is_unpacked_and_checked(server, source_text, fault):
+    def archive(text):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as files:
+            files.writestr("../../escaped", text)
+        return packed.getvalue()
+    server.content = archive(source_text if fault != "another text" else b"x" * len(source_text))
+    if fault == "damaged":
+        middle = len(server.content) // 2
+        server.content = server.content[:middle] + b"damage" + server.content[middle + 6:]
+    if fault:
+        with pytest.raises(InputError, match="deleted .*, the same command fetches it again"):
+            data.load("enwik8")
+        server.content = archive(source_text)
+    corpus = data.load("enwik8")
+    assert corpus.name == "enwik8" and corpus.meta["train_bytes"] > 0.9 * len(source_text)
+    assert not list(data.CACHE.rglob("*escaped*")) and not list(data.CACHE.rglob("*.zip"))
+
+
+def test_the_addresses_of_shards_are_those_of_the_hub():
+    assert data.with_shards("c4", 1) == "c4:1" and data.with_shards("c4", 2e9) == "c4:3"
+    assert data.with_shards("c4", 1e20) == "c4:1024" and data.with_shards("c4:7", 1e20) == "c4:7"
+    assert data.with_shards("enwik8", 1e20) == "enwik8"
+    assert data.SHARDS["c4"][2](7).endswith("/allenai/c4/resolve/main/en/"
+                                            "c4-train.00007-of-01024.json.gz")
+    assert data.SHARDS["slimpajama"][2](5901).endswith("train/chunk2/example_train_1.jsonl.zst")
+
+
+# -----------------------------------------------------------------------------------------------
+# Sequences.
+
+def test_an_epoch_reads_every_sequence_once():
+    stream = np.arange(1000, dtype=np.uint16)
+    sequences = Sequences(stream, 10)
+    epoch = [sequences.batch(3, step, 11) for step in range(9)]
+    starts = np.concatenate(epoch)[:, 0]
+    assert len(set(starts)) == 99 and len(set(starts % 10)) == 1
+    assert (np.concatenate(epoch) == starts[:, None] + np.arange(10)).all()
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    sequences = Sequences(np.arange(1000, dtype=np.uint16), 10)
+    first = sequences.batch(3, 20, 4)
+    assert (first == Sequences(sequences.stream, 10).batch(3, 20, 4)).all()
+    assert (first != sequences.batch(4, 20, 4)).any() and (first != sequences.batch(3, 21, 4)).any()
+
+
+def test_shuffling_permutes_each_block_alike():
+    stream = np.arange(640, dtype=np.uint16)
+    plain, shuffled = Sequences(stream, 32), Sequences(stream, 32, 8)
+    a, b = plain.batch(0, 0, 5), shuffled.batch(0, 0, 5)
+    assert (a != b).any()
+    blocks = b.reshape(5, 4, 8) - a.reshape(5, 4, 8)[:, :, :1]
+    assert (blocks == blocks[0, 0]).all() and sorted(blocks[0, 0]) == list(range(8))
+    assert (data.permutation(1) == [0]).all() and (data.permutation(2) == [1, 0]).all()
+
+
+def test_validation_sequences_do_not_overlap():
+    sequences = Sequences(np.arange(1000, dtype=np.uint16), 10)
+    found = sequences.spaced(30)
+    assert found.shape == (30, 10) and len(np.unique(found)) == 300
+    assert sequences.spaced(10**6).shape == (100, 10)
+
+
+@pytest.mark.parametrize("length, context, shuffle", [(19, 10, 1), (100, 10, 3)])
+def test_impossible_sequences_are_refused(length, context, shuffle):
+    with pytest.raises(InputError):
+        Sequences(np.zeros(length, dtype=np.uint8), context, shuffle)

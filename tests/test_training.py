@@ -580,6 +580,7 @@ def test_the_twins_differ_in_the_objective_alone():
         sources.append(main.splitlines())
     lines = [line for line in difflib.unified_diff(*sources, n=0, lineterm="")
              if re.match(r"[+-](?![+-])", line)]
-    belongs = re.compile(r"span|schedule|args = |options|more|time\"\)|evaluate\(|log.finish|bound of")
+    belongs = re.compile(r"span|schedule|parser|args = |options|more|time\"\)|evaluate\(|"
+                         r"log.finish|bound of")
     assert 0 < len(lines) < 30
     assert all(belongs.search(line) for line in lines), lines

@@ -65,13 +65,12 @@ ARCHIVES = {
                "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"),
     "enwik9": ("https://mattmahoney.net/dc/enwik9.zip", 10**9,
                "159b85351e5f76e60cbe32e04c677847a9ecba3adc79addab6f4c6c7aa3744bc")}
-# name -> (number of shards, bytes of text in one, about, and the address of each)
+# name -> (number of shards, bytes of text in one, about, their folder, and the name of each)
 SHARDS = {
-    "c4": (1024, 750e6, lambda i:
-           f"{HUB}/allenai/c4/resolve/main/en/c4-train.{i:05d}-of-01024.json.gz"),
-    "slimpajama": (59000, 45e6, lambda i:
-                   f"{HUB}/cerebras/SlimPajama-627B/resolve/main/train/chunk{1 + i // 5900}"
-                   f"/example_train_{i % 5900}.jsonl.zst")}
+    "c4": (1024, 750e6, f"{HUB}/allenai/c4/resolve/main/en/",
+           lambda i: f"c4-train.{i:05d}-of-01024.json.gz"),
+    "slimpajama": (59000, 45e6, f"{HUB}/cerebras/SlimPajama-627B/resolve/main/train/",
+                   lambda i: f"chunk{1 + i // 5900}/example_train_{i % 5900}.jsonl.zst")}
 
 
 class InputError(ValueError):
@@ -85,7 +84,7 @@ def with_shards(data, bytes_needed):
     """Return --data with as many shards as hold so many bytes: "c4" becomes "c4:3"."""
     if data not in SHARDS:
         return data
-    count, size, _ = SHARDS[data]
+    count, size, *_ = SHARDS[data]
     # 5% of the text are for validation.
     return f"{data}:{min(count, max(1, math.ceil(1.1 * bytes_needed / size)))}"
 
@@ -104,8 +103,14 @@ def fetch(url, path):
 
     Raise InputError if it does not arrive whole, or not as its published sha256 says.
     """
-    if path.exists():
-        return path
+    with locked_cache():
+        if not path.exists():
+            receive(url, path)
+    return path
+
+
+def receive(url, path):
+    """Do what fetch does for a path that is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     start = part.stat().st_size if part.exists() else 0
@@ -117,7 +122,7 @@ def fetch(url, path):
                 # The server knows no ranges, and begins at the beginning.
                 start = 0
             elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                return discard(part, f"{url}: the server continued at another byte")
+                discard(part, f"{url}: the server continued at another byte")
             total = start + int(response.headers.get("Content-Length") or 0)
             published = redirects.sha256 or response.headers.get("X-Linked-ETag") or ""
             with open(part, "ab") as file:
@@ -139,7 +144,6 @@ def fetch(url, path):
     if re.fullmatch("[0-9a-f]{64}", published) and sha256_of(part) != published:
         discard(part, f"{url}: the sha256 is not the published one")
     os.replace(part, path)
-    return path
 
 
 def discard(path, reason):
@@ -194,13 +198,11 @@ def find_files(data):
         return data, [downloads / data], False
     name, _, count = data.partition(":")
     if name in SHARDS:
-        most, _, address = SHARDS[name]
+        most, _, folder, shard = SHARDS[name]
         if not count.isdecimal() or not 1 <= int(count) <= most:
             raise InputError(f"--data {data}: {name} has 1 to {most} shards, as in {name}:4")
-        urls = [address(i) for i in range(int(count))]
-        # The names of shards may differ in their folders alone.
-        paths = [downloads / "-".join(url.split("/")[-2:]) for url in urls]
-        files = [fetch(url, path) for url, path in zip(urls, paths, strict=True)]
+        shards = [shard(i) for i in range(int(count))]
+        files = [fetch(folder + shard, downloads / shard) for shard in shards]
         return f"{name}-{count}", files, False
     path = Path(data)
     if not data or not (path.is_file() or path.is_dir()):
@@ -212,7 +214,9 @@ def find_files(data):
         files = [file for file in sorted(path.rglob("*")) if file.is_file()
                  and not any(part.startswith(".") for part in file.relative_to(path).parts)]
     name = re.sub(r"[^\w-]", "_", path.resolve().name.split(".")[0]) or "corpus"
-    return name, files, len(files) > 1
+    # A lone small file is cut into documents, wherever it lies.
+    whole = path.is_dir() and sum(file.stat().st_size for file in files) > LONGEST
+    return name, files, whole or len(files) > 1
 
 
 def open_any(file):
@@ -302,6 +306,8 @@ def write_bytes(folder, name, files, whole):
 
 def write_tokens(folder, source, meta, vocab_size):
     """Learn a BPE on a sample of the byte corpus in source and encode it. Return the metadata."""
+    if json.loads((source / "meta.json").read_text())["sha256"] != meta["sha256"]:
+        raise InputError(f"{meta['name']} has just changed: run the command again")
     text = np.memmap(source / "train.bin", dtype=np.uint8, mode="r")
     block = min(len(text), 2**20)
     starts = np.linspace(0, len(text) - block, min(len(text), BPE_SAMPLE) // block, dtype=int)
@@ -327,7 +333,7 @@ def encode_file(tokenizer, path):
             yield tokenizer.encode(read_part(part))
         return
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(None, start_worker, [tokenizer.merges]) as pool:
+    with spawn.Pool(None, start_worker, [tokenizer]) as pool:
         yield from pool.imap(encode_part, parts(path))
 
 
@@ -350,9 +356,9 @@ def read_part(part):
         return file.read(end - start)
 
 
-def start_worker(merges):
+def start_worker(tokenizer):
     global worker_tokenizer
-    worker_tokenizer = Tokenizer(merges)
+    worker_tokenizer = tokenizer
 
 
 def encode_part(part):
@@ -379,63 +385,61 @@ def seal(meta):
 
 
 def open_cache(folder, key):
-    """Return the metadata of a corpus that was prepared with this key, or None.
-
-    None, with a line on stderr, if its files are not those that were written.
-    """
+    """Return the metadata of a corpus that was prepared with this key, None if it is not whole."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        if meta["key"] != key:
-            return None
-        if meta["seal"] == seal(meta) and all(checksum(folder / name) == known
-                                              for name, known in meta["files"].items()):
-            return meta
-    except FileNotFoundError:
-        if not folder.exists():
-            return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
-        pass
-    print(f"note   {folder} is damaged or of another version: prepared again", file=sys.stderr)
-    return None
+        whole = meta["key"] == key and meta["seal"] == seal(meta) and all(
+            checksum(folder / name) == known for name, known in meta["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return meta if whole else None
 
 
 def prepare(folder, key, write, *arguments):
     """Return the metadata of a corpus, prepared by write(folder, *arguments) if need be."""
     if meta := open_cache(folder, key):
         return meta
-    # Only who holds the lock prepares: what lies here was left by a process that was killed.
-    for left in CACHE.glob(".preparing-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".preparing-", dir=CACHE))
-    try:
-        meta = write(temporary, *arguments) | {"key": key}
-        meta["files"] = {name: checksum(temporary / name) for name in ("train.bin", "val.bin")}
-        (temporary / "meta.json").write_text(json.dumps(meta | {"seal": seal(meta)}))
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with locked_cache():
+        # Another process may have prepared it while this one waited.
+        if meta := open_cache(folder, key):
+            return meta
+        if folder.exists():
+            print(f"note   {folder} is outdated or damaged: prepared again", file=sys.stderr)
+        temporary = Path(tempfile.mkdtemp(prefix=".preparing-", dir=CACHE))
+        try:
+            meta = write(temporary, *arguments) | {"key": key}
+            meta["files"] = {name: checksum(temporary / name) for name in ("train.bin", "val.bin")}
+            (temporary / "meta.json").write_text(json.dumps(meta | {"seal": seal(meta)}))
+            for path in temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return meta
 
 
 @contextlib.contextmanager
 def locked_cache():
-    """Keep other processes from preparing corpora, until the block or this process ends."""
+    """Let one process at a time fill the cache: others wait until the block or the process ends."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(CACHE, os.O_RDONLY) if fcntl else None
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(CACHE, os.O_RDONLY)
     try:
         # A file system without locks does without.
         with contextlib.suppress(OSError):
-            if fcntl:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        # Left by a process that was killed.
+        for left in CACHE.glob(".preparing-*"):
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
-        if fcntl:
-            os.close(descriptor)
-        # If nothing is in it: bad input leaves nothing behind.
+        os.close(descriptor)
+        # Bad input leaves nothing behind: if nothing is in it, it goes.
         with contextlib.suppress(OSError):
             CACHE.rmdir()
 
@@ -468,22 +472,22 @@ def load(data="pysrc", tokenizer="byte", vocab_size=4096):
 
     Raise InputError if there is no such corpus, or if it is damaged or too small.
     """
-    with locked_cache():
-        name, files, whole = find_files(data)
-        place = name
-        if Path(data).exists() and data != "pysrc":
-            # Files of one name are many: the folder is named by the path, too.
-            place += "-" + hashlib.sha256(os.fsencode(Path(data).resolve())).hexdigest()[:6]
-        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-                 for file in files]
-        key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-        folder = CACHE / f"{place}-byte"
-        meta = prepare(folder, key, write_bytes, name, files, whole)
-        if tokenizer == "bpe":
-            source, folder = folder, CACHE / f"{place}-bpe{vocab_size}"
-            meta = prepare(folder, meta["sha256"], write_tokens, source, meta, vocab_size)
-        dtype = np.uint16 if meta["merges"] else np.uint8
-        train, val = (np.memmap(folder / f"{split}.bin", dtype, "r") for split in ("train", "val"))
+    name, files, whole = find_files(data)
+    place = name
+    if Path(data).exists() and data != "pysrc":
+        # Files of one name are many: the folder is named by the path, too.
+        place += "-" + hashlib.sha256(os.fsencode(Path(data).resolve())).hexdigest()[:6]
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    folder = CACHE / f"{place}-byte"
+    meta = prepare(folder, key, write_bytes, name, files, whole)
+    if tokenizer == "bpe":
+        source, folder = folder, CACHE / f"{place}-bpe{vocab_size}"
+        # Another class of tokenizer has its own ids.
+        key = f"{meta['sha256']} {Tokenizer.__module__}.{Tokenizer.__name__}"
+        meta = prepare(folder, key, write_tokens, source, meta, vocab_size)
+    dtype = np.uint16 if meta["merges"] else np.uint8
+    train, val = (np.memmap(folder / f"{split}.bin", dtype, "r") for split in ("train", "val"))
     return Corpus(name, meta, Tokenizer.from_hex(meta["merges"]), train, val)
 
 

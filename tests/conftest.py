@@ -17,12 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-@pytest.fixture(scope="session")
-def source_text():
-    """300 kB of the interpreter's own library."""
+def library_text():
+    """Return 300 kB of the interpreter's own library."""
     library = Path(sysconfig.get_path("stdlib"))
     names = ("argparse.py", "tarfile.py", "pydoc.py", "doctest.py")
     return b"".join((library / name).read_bytes() for name in names)[:300_000]
+
+
+@pytest.fixture(scope="session")
+def source_text():
+    return library_text()
 
 
 @pytest.fixture(scope="session")

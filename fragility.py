@@ -62,11 +62,7 @@ def levels(study, configuration, corpus, context):
 
 
 def plan(args, corpora):
-    """Return the settings of the runs of shuffle or span. Raise InputError if blocks don't fit."""
-    known = SPANS if args.study == "span" else [block for block in BLOCKS if block < args.context]
-    if odd := [level for level in known if args.context % level]:
-        raise InputError(f"--context {args.context} is not divisible by {odd[0]}, a length that "
-                         f"{args.study} needs")
+    """Return the settings of the runs of shuffle or span."""
     specs = []
     for flops in args.budgets:
         for configuration in CONFIGURATIONS:
@@ -109,15 +105,16 @@ def shuffle_curves(rows):
 def span_curves(rows):
     """Return what the span study shows, as shuffle_curves does. MDM on BPE is a level line."""
     byte, bpe = ("mdm", "byte"), ("mdm", "bpe")
-    found = summary(rows, "span")
-    # A model of single bytes has one bound only.
-    single = [row if row["span"] == 1 else
-              row | {"val_bpb": row["val_bpb_span1"], "val_bpb_stderr": row["val_bpb_span1_stderr"]}
-              for row in rows]
-    level_line = {span: value for span in found[byte] for value in found[bpe].values()}
-    return [("MDM, bytes: bound of its spans", found[byte], "o-", COLORS[byte]),
-            ("MDM, bytes: bound of single bytes", summary(single, "span")[byte], "o:", COLORS[byte]),
-            (CONFIGURATIONS[bpe], level_line, "s--", COLORS[bpe])]
+    own = summary(rows, "span")
+    # A model that was trained with single bytes has one bound only.
+    rows = [row if row["span"] == 1 else
+            row | {"val_bpb": row["val_bpb_span1"], "val_bpb_stderr": row["val_bpb_span1_stderr"]}
+            for row in rows]
+    single = summary(rows, "span")
+    bpe_line = dict.fromkeys(own[byte], own[bpe][1]) if own[bpe] else {}
+    return [("MDM, bytes: bound of its spans", own[byte], "o-", COLORS[byte]),
+            ("MDM, bytes: bound of single bytes", single[byte], "o:", COLORS[byte]),
+            (CONFIGURATIONS[bpe], bpe_line, "s--", COLORS[bpe])]
 
 
 def show(title, levels_name, curves, path):
@@ -145,6 +142,10 @@ def intervene(args):
     """Run a study of shuffle or span: train what its table lacks, print the table, draw it."""
     path, specs = args.out / f"{args.study}.csv", []
     if not args.plot_only:
+        lengths = SPANS if args.study == "span" else [n for n in BLOCKS if n < args.context]
+        if odd := [length for length in lengths if args.context % length]:
+            raise InputError(f"--context {args.context} is not divisible by {odd[0]}, a length "
+                             f"that {args.study} needs")
         args.budgets = args.budgets or [BUDGET[run.pick_device().type]]
         specs = plan(args, scaling.load_corpora(args))
     rows = scaling.train_missing(specs, path, args, Path("runs") / args.study)
@@ -236,11 +237,15 @@ def read_left(model, ids, positions):
 READ = {"ar": ("ar", read_ar), "mdm": ("left", read_left)}
 
 
-def bigram_entropy(text):
-    """Return the entropy of the byte after each byte, as counted in text (N,) uint8: (256,)."""
+def read_bigram(text, sequences, positions):
+    """Return the entropy of a byte given the one before, by the pairs counted in text (uint8).
+
+    sequences (N, T), positions (N, P), none of them 0 -> (N, P), in bits.
+    """
     pairs = text[:-1].astype(np.int32) * 256 + text[1:]
     counts = torch.from_numpy(np.bincount(pairs, minlength=256 * 256)).view(256, 256)
-    return entropy(counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    table = entropy(counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()      # (256,)
+    return table[np.take_along_axis(sequences, positions - 1, 1)]
 
 
 # -----------------------------------------------------------------------------------------------
@@ -283,8 +288,7 @@ def read_all(runs, byte, sequences, starts, vocab_size, device):
     resamples = rng.integers(N, size=(RESAMPLES, N))
     truth = np.take_along_axis(starts, positions, 1)                                    # (N, P)
 
-    table = bigram_entropy(byte.train[:BIGRAM_BYTES])
-    scores = table[np.take_along_axis(sequences, positions - 1, 1)]
+    scores = read_bigram(byte.train[:BIGRAM_BYTES], sequences, positions)
     rows = [["bigram", vocab_size, *auroc_with_interval(scores, truth, resamples), 0, 0, 0, 0]]
     ids, at = torch.from_numpy(sequences).to(device), torch.from_numpy(positions).to(device)
     for result, folder in runs:

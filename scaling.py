@@ -8,6 +8,7 @@
 Each run is one command of train_ar.py or train_mdm.py. A finished run is a row of results/runs.csv,
 and everything below is computed from those rows.
 """
+import contextlib
 import csv
 import ctypes
 import itertools
@@ -44,9 +45,6 @@ BUDGETS = {"cpu": (2e10, 6e10, 2e11), "mps": (1e13, 3e13, 1e14),
 WIDTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1344, 1664, 2176)
 # No frontier is followed beyond these FLOPs.
 FAR = 1e30
-# Where the paper extrapolates parity to.
-PAPER = {"ar": 1e22, "mdm": 4e26}
-
 # The columns of runs.csv. SETTINGS tell runs apart: two rows of equal SETTINGS are one run.
 SETTINGS = {"objective": str, "tokenizer": str, "vocab_size": int, "flops_budget": float,
             "width": int, "heads": int, "seed": int, "lr": float, "batch_tokens": int,
@@ -182,7 +180,7 @@ def parse(line):
         except ValueError:
             raise ValueError(f"{key} is {line[key]!r}") from None
         smallest = 0 if key == "seed" else 1e-12
-        if kind is not str and key not in OPTIONAL and not smallest <= row[key] < math.inf:
+        if kind is not str and key not in OPTIONAL and not smallest <= row[key] <= 1e40:
             raise ValueError(f"{key} is {line[key]}")
     return row
 
@@ -238,18 +236,29 @@ def write_rows(path, rows):
     run.write_csv(path, columns, [[row.get(key) for key in columns] for row in rows])
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Make other sweeps wait that want to write into the folder, where the system has locks."""
+    if run.fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems have no locks.
+        with contextlib.suppress(OSError):
+            run.fcntl.flock(descriptor, run.fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def add_row(path, row):
     """Add a row to what the table holds now: another sweep may have added its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        if run.fcntl is not None:
-            run.fcntl.flock(folder, run.fcntl.LOCK_EX)
+    with locked(path.parent):
         lines, rows, _ = read_table(path)
         if find(row, rows) is None:
             write_rows(path, [*lines, row])
-    finally:
-        os.close(folder)
 
 
 def find(spec, rows):
@@ -262,15 +271,15 @@ def finished(spec, out):
     """Return the row of the result in a run folder, or None if it has no result of this run."""
     try:
         result = run.read(out / "result.json")
-    except InputError:
+        if result is None:
+            return None
+        texts = {key: "" if result.get(key) is None else str(result[key]) for key in COLUMNS}
+        texts["corpus"] = result["corpus"]["name"]
+        texts["sha256"] = result["corpus"].get("sha256")
+        return find(spec, [parse(texts)])
+    except ValueError:
+        # Corrupt, or not finite.
         return None
-    if result is None:
-        return None
-    row = {key: result.get(key) for key in COLUMNS}
-    row["corpus"] = result["corpus"]["name"]
-    row["sha256"] = result["corpus"]["sha256"]
-    row["schedule"] = row["schedule"] or ""
-    return find(spec, [row])
 
 
 def check_alike(rows, path):
@@ -380,6 +389,8 @@ def train_missing(specs, path, args, folder):
     check_alike(rows + specs, path)
     if 0 < torch.cuda.device_count() < args.nproc:
         raise InputError(f"--nproc {args.nproc}: there are {torch.cuda.device_count()} GPUs")
+    # Each once, as --seeds 0 0 would have them twice.
+    specs = list({settings_of(spec): spec for spec in specs}.values())
     missing = []
     for spec in specs:
         # A run may have finished without this sweep, by a line of --dry-run.
@@ -430,8 +441,10 @@ def analyse(rows):
             continue
         N, D, L, at = (np.array([row[key] for row in own], dtype=float) for key in
                        ("params_non_embedding", "tokens", "val_bpb", "flops_budget"))
-        curves = {C: (N[at == C], L[at == C], laws.isoflop_minimum(N[at == C], L[at == C]))
-                  for C in sorted(set(at))}
+        curves = {}
+        for budget in sorted(set(at)):
+            n, loss = N[at == budget], L[at == budget]
+            curves[budget] = n, loss, laws.isoflop_minimum(n, loss)
         one = found[configuration] = {"N": N, "D": D, "L": L, "curves": curves}
         if len(N) >= 6 and len(curves) >= 2 and laws.determined(N, D):
             one["laws"] = laws.fit_laws(N, D, L, laws.bootstrap_weights(N, D, seed))
@@ -496,16 +509,17 @@ def gap_rows(objective, gap, budgets, C, top):
 def report(budgets, C, found, gaps):
     """Print the laws, the IsoFLOP minima, the gap and parity."""
     fitted = {key: one for key, one in found.items() if "laws" in one}
-    print_table("Laws of bits per byte, E + A / N^alpha + B / D^beta, N without embeddings, D in "
-                f"tokens; [90% of {laws.RESAMPLES} bootstrap samples]",
-                ["configuration", "runs", *laws.NAMES, "rms of residuals"],
-                [law_row(*item) for item in fitted.items()])
+    if fitted:
+        print_table("Laws of bits per byte, E + A / N^alpha + B / D^beta, N without embeddings, D "
+                    f"in tokens; [90% of {laws.RESAMPLES} bootstrap samples]",
+                    ["configuration", "runs", *laws.NAMES, "rms of residuals"],
+                    [law_row(*item) for item in fitted.items()])
     if lacking := [name for key, name in CONFIGURATIONS.items() if key not in fitted]:
         print(f"\nno law for {'; '.join(lacking)}: that takes six runs, of two budgets, three "
               "widths and three numbers of tokens")
     print_table("IsoFLOP minima: bits per byte (parameters without embeddings)",
                 ["configuration", *map(exact, budgets)],
-                [[CONFIGURATIONS[key], *(minimum(one["curves"].get(C)) for C in budgets)]
+                [[CONFIGURATIONS[key], *(minimum(one["curves"].get(budget)) for budget in budgets)]
                  for key, one in found.items()])
     if gaps:
         top = {objective: max(found[objective, "byte"]["curves"]) for objective in gaps}
@@ -588,20 +602,19 @@ def paint_frontiers(axes, budgets, C, found):
 
 
 def paint_gap(axes, budgets, C, found, gaps):
-    seen = C >= budgets[0]
-    for ax, right, title in zip(axes[0], (30 * budgets[-1], 1e28),
-                                ("near the budgets trained", "far beyond them"), strict=True):
-        for objective, gap in gaps.items():
-            color, name = COLORS[objective, "byte"], objective.upper()
-            G, top = gap["compute"][:, seen], max(found[objective, "byte"]["curves"])
-            trained = (C[seen] <= budgets[-1]) & (C[seen] * G[0] <= top)
-            band(ax, C[seen], G, trained, color, f"{name} (dotted: extrapolated; band: 90%)")
-            ax.plot(PAPER[objective], 1, "X", color=color, markersize=9, linestyle="none",
-                    label=f"{name}, the paper's parity: {exact(PAPER[objective])} FLOPs")
-        ax.axhline(1, color="black", linewidth=0.8)
-        ax.set(xlim=(budgets[0], right), ylim=(0.5, 300), yscale="log", title=title,
-               xlabel="training FLOPs of the BPE model")
-    axes[0, 0].set(ylabel="gap: FLOPs of bytes / FLOPs of BPE")
+    ax = axes[0, 0]
+    near = (C >= budgets[0]) & (C <= budgets[-1])
+    for objective, gap in gaps.items():
+        color = COLORS[objective, "byte"]
+        byte, bpe = (found[objective, tokenizer]["curves"] for tokenizer in ("byte", "bpe"))
+        band(ax, C[near], gap["bits"][:, near], slice(None), color, f"{objective.upper()}, fits")
+        for budget in sorted(set(byte) & set(bpe)):
+            fits = [curves[budget][2] for curves in (byte, bpe)]
+            lowest = [fit[1] if fit else min(curves[budget][1])
+                      for fit, curves in zip(fits, (byte, bpe), strict=True)]
+            ax.plot(budget, lowest[0] - lowest[1], "o" if all(fits) else "v", color=color)
+    ax.set(xlabel="training FLOPs", ylabel="bits per byte that bytes lose", ylim=(0, None),
+           title="dots: IsoFLOP minima (triangles: not bracketed); bands: 90%")
 
 
 def plot(out, budgets, C, found, gaps):
@@ -611,8 +624,8 @@ def plot(out, budgets, C, found, gaps):
         draw(out / "frontier.png", (1, 1), (7.5, 5),
              lambda axes: paint_frontiers(axes, budgets, C, found))
     if gaps:
-        draw(out / "gap.png", (1, 2), (7.5, 4.8), legend_columns=2, sharex=False,
-             paint=lambda axes: paint_gap(axes, budgets, C, found, gaps))
+        draw(out / "gap.png", (1, 1), (7.5, 4.5),
+             lambda axes: paint_gap(axes, budgets, C, found, gaps))
     print(f"\nfigures: {out}")
 
 

@@ -13,9 +13,10 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, here
 
 import data
+import run
 from data import InputError, Sequences
 
 
@@ -109,42 +110,54 @@ def test_many_cores_encode_like_one(source_text, monkeypatch):
     assert b"".join(map(data.read_part, pieces)) == path.read_bytes()
 
 
-def test_another_tokenizer_is_two_names_in_data(source_text, monkeypatch):
-    """The most frequent characters as tokens, single bytes for the rest."""
-    class Characters:
-        def __init__(self, characters=()):
-            self.tokens = [bytes([i]) for i in range(256)] + list(characters)
-            self.ids = {token: i for i, token in enumerate(self.tokens)}
-            self.vocab_size = len(self.tokens)
-            self.bytes_per_id = np.array([len(token) for token in self.tokens])
+class Characters:
+    """A toy tokenizer: some characters are tokens, all else is bytes."""
 
-        @classmethod
-        def from_hex(cls, texts):
-            return cls([bytes.fromhex(text) for text in texts])
+    def __init__(self, characters=()):
+        self.tokens = [bytes([i]) for i in range(256)] + list(characters)
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        self.vocab_size = len(self.tokens)
+        self.bytes_per_id = np.array([len(token) for token in self.tokens])
 
-        def to_hex(self):
-            return [token.hex() for token in self.tokens[256:]]
-
-        def encode(self, text):
-            ids = []
-            for character in text.decode(errors="surrogateescape"):
-                raw = character.encode(errors="surrogateescape")
-                ids += [self.ids[raw]] if raw in self.ids else list(raw)
-            return np.array(ids, dtype=np.uint16)
-
-        def decode(self, ids):
-            return b"".join(self.tokens[i] for i in ids)
-
-    def learn(text, vocab_size):
+    @classmethod
+    def learn(cls, text, vocab_size):
         letters = sorted({c for c in text.decode(errors="ignore") if ord(c) > 127})
         return [letter.encode() for letter in letters[:vocab_size - 256]]
-    monkeypatch.setattr(data, "train_bpe", learn)
-    monkeypatch.setattr(data, "Tokenizer", Characters)
+
+    @classmethod
+    def from_hex(cls, texts):
+        return cls([bytes.fromhex(text) for text in texts])
+
+    def to_hex(self):
+        return [token.hex() for token in self.tokens[256:]]
+
+    def encode(self, text):
+        ids = []
+        for character in text.decode(errors="surrogateescape"):
+            raw = character.encode(errors="surrogateescape")
+            ids += [self.ids[raw]] if raw in self.ids else list(raw)
+        return np.array(ids, dtype=np.uint16)
+
+    def decode(self, ids):
+        return b"".join(self.tokens[i] for i in ids)
+
+
+def test_another_tokenizer_is_trained_on_like_ours(monkeypatch, tmp_path):
     text = "Größe, naïve café, Привет\n".encode() * 4000
     data.Path("text.txt").write_bytes(text)
+    ours = data.load("text.txt", "bpe", 265)
+    monkeypatch.setattr(data, "train_bpe", Characters.learn)
+    monkeypatch.setattr(data, "Tokenizer", Characters)
+    monkeypatch.setattr(run, "Tokenizer", Characters)
     corpus = data.load("text.txt", "bpe", 265)
     assert corpus.tokenizer.vocab_size == 265 and corpus.meta["bytes_per_token"] > 1.1
+    assert (corpus.train[:9] != ours.train[:9]).any()
     assert corpus.tokenizer.decode(corpus.train) == data.load("text.txt").train.tobytes()
+    done = here(tmp_path, "train_ar.py", "--data", "text.txt", "--tokenizer", "bpe", "--vocab", 265,
+                "--context", 64, "--width", 16, "--flops", 5e8, "--out", "toy")
+    assert done.returncode == 0, done.stderr
+    _, settings, tokenizer = run.load_model(tmp_path / "toy")
+    assert settings["vocab_size"] == 265 and tokenizer.tokens == corpus.tokenizer.tokens
 
 
 # -----------------------------------------------------------------------------------------------
@@ -304,7 +317,8 @@ def server(source_text, monkeypatch):
     Server.plan, Server.asked, Server.etag = [], [], None
     lines = [json.dumps({"text": text}) for text in source_text.decode("latin-1").split("\n\n")]
     Server.content = gzip.compress("\n".join(lines).encode())
-    monkeypatch.setitem(data.SHARDS, "c4", (9, 1e5, f"{address}/en/", lambda i: f"shard-{i}.json.gz"))
+    shards = (9, 1e5, f"{address}/en/", lambda i: f"shard-{i}.json.gz")
+    monkeypatch.setitem(data.SHARDS, "c4", shards)
     sha256 = hashlib.sha256(source_text).hexdigest()
     monkeypatch.setitem(data.ARCHIVES, "enwik8", (f"{address}/a.zip", len(source_text), sha256))
     yield Server

@@ -62,7 +62,7 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        stop("interrupted: the same command resumes from the last checkpoint", 130)
+        stop("interrupted (the same command resumes a run)", 130)
     except (InputError, OSError) as error:
         stop(f"error: {error}", 2)
     except (MemoryError, RuntimeError) as error:

@@ -226,7 +226,7 @@ def test_ctrl_c_and_sigterm_end_a_run_with_one_line(workplace, uninterrupted):
     running.send_signal(number)
     _, stderr = running.communicate(timeout=60)
     assert running.returncode == 130 and "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("interrupted: the same command resumes")
+    assert stderr.splitlines()[-1].startswith("interrupted (the same command resumes a run)")
     assert_resumes_to_the_same(workplace, out, uninterrupted)
 
 

@@ -270,7 +270,7 @@ def describe(objective, args, corpus, config, batch, steps, options):
     name += "".join(f"-{key}{value}" for key, value in vars(args).items()
                     if value != usual.get(key, value))
     name += "" if args.data == "pysrc" else f"-{corpus.name}"
-    return settings, args.out or Path("runs") / name.replace("e+", "e")
+    return settings, args.out or Path("runs") / name.replace("e+0", "e").replace("e+", "e")
 
 
 def duration(seconds):

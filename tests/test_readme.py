@@ -42,7 +42,7 @@ def flags_by_script():
 @functools.cache
 def known_flags(script):
     """Return the flags that `python SCRIPT --help` lists."""
-    command = [sys.executable, script, "--help"]
+    command = [sys.executable, "tests/stress.py" if script == "stress.py" else script, "--help"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return set(re.findall(r"--[a-z][\w-]*", run.stdout))

@@ -1,10 +1,11 @@
-"""Scaling laws, compute-optimal frontiers, the efficiency gap and parity, with bootstrap intervals.
+"""The efficiency gap without a law; scaling laws, frontiers and parity; bootstrap intervals.
 
     L(N, D) = E + A / N^alpha + B / D^beta      the loss of N parameters after D tokens (Hoffmann et
                                                 al., arXiv 2203.15556)
     L(C)    = min over N of L(N, D)             the frontier: D is what C FLOPs pay for
     G(C)    = C_byte / C                        the gap, where L_byte(C_byte) = L_bpe(C)
 
+The gap is first read without a law, from the IsoFLOP minima of the budgets that were trained.
 A law is an array (E, A, B, alpha, beta). Functions take S laws at once, (S, 5): a bootstrap has
 many, and its first is the fit itself.
 """
@@ -21,6 +22,58 @@ EXPONENTS = np.geomspace(0.05, 2.5, 14)
 # The widths that a frontier chooses from.
 WIDTHS = np.geomspace(4, 65536, 150)
 RESAMPLES = 500
+
+
+# -----------------------------------------------------------------------------------------------
+# Without a law: IsoFLOP minima, and what lies between them.
+
+def pooled_minima(C, N, L):
+    """Fit the losses L (n,) of all runs of a configuration, of sizes N (n,) at budgets C (n,).
+
+    L = L*(C) + c (ln N - n0 - a ln C)^2: one curvature, one N* = exp(n0) C^a, and a minimum L* of
+    its own for each budget. With ln N, (ln N)^2 and ln N ln C as columns this is linear. Return
+    (budgets (K,), minima (K,), fitted losses (n,)).
+    """
+    budgets, index = np.unique(C, return_inverse=True)
+    x, t = np.log(N), np.log(C)
+    x0, t0 = x.mean(), t.mean()
+    x, t = x - x0, t - t0
+    levels = np.eye(len(budgets))[index]                                                # (n, K)
+    X = np.column_stack([levels, x**2, x, x * t])
+    coefficients = np.linalg.lstsq(X, L, rcond=None)[0]
+    c, b, d = coefficients[-3:]
+    # The minimum of c x^2 + (b + d t) x.
+    lowest = (b + d * (np.log(budgets) - t0)) ** 2 / (4 * c)
+    return budgets, coefficients[:-3] - lowest, X @ coefficients
+
+
+def resampled_minima(C, N, L, seed, count=RESAMPLES):
+    """Return the budgets (K,) and their minima (1 + count, K): first as fitted, then resampled.
+
+    A sample adds to the fitted losses residuals drawn at random, so the design stays as it is. They
+    are scaled up for the K + 3 numbers that were fitted.
+    """
+    rng = np.random.default_rng(seed)
+    budgets, minima, fitted = pooled_minima(C, N, L)
+    free = len(L) - len(budgets) - 3
+    residuals = (L - fitted) * np.sqrt(len(L) / max(1, free))
+    samples = [minima]
+    for _ in range(count):
+        drawn = fitted + rng.choice(residuals, len(L))
+        samples.append(pooled_minima(C, N, drawn)[1])
+    return budgets, np.array(samples)
+
+
+def interpolated_gap(byte_budgets, byte, bpe_budgets, bpe):
+    """Return G at each budget of BPE from minima byte (S, J) and bpe (S, K): (S, K).
+
+    Between two budgets log loss is a straight line in log C. inf where bytes do not reach the loss
+    of BPE within their budgets, nan where they had it before their first.
+    """
+    log_c = np.log(byte_budgets)
+    found = [np.interp(-np.log(low), -np.log(high), log_c, left=np.nan, right=np.inf)
+             for low, high in zip(bpe, byte, strict=True)]
+    return np.exp(np.array(found) - np.log(bpe_budgets))
 
 
 # -----------------------------------------------------------------------------------------------

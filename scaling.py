@@ -425,11 +425,12 @@ def by_the_rules(row):
 
 
 def analyse(rows):
-    """Fit the laws. Return (budgets, C, found, gaps); the first of each bootstrap is the fit.
+    """Find minima and laws. Return (budgets, C, found, gaps); a bootstrap begins with the fit.
 
     C: budgets of the frontiers (K,). found: {configuration: dict of N, D, L (n,), curves {budget:
-    (N, L, IsoFLOP minimum)} and, if its runs determine a law, laws (1 + S, 5) and frontier
-    (1 + S, K)}. gaps: {objective: dict of bits, compute (1 + S, K) and parity (1 + S,)}.
+    (N, L, IsoFLOP minimum)} and, if its runs determine them, minima (budgets (J,), (1 + S, J)),
+    laws (1 + S, 5) and frontier (1 + S, K)}. gaps: {objective: dict of bits, compute (1 + S, K) and
+    parity (1 + S,)}, from the laws.
     """
     rows = sorted(rows, key=settings_of)
     budgets = np.array(sorted({row["flops_budget"] for row in rows}))
@@ -446,6 +447,8 @@ def analyse(rows):
             n, loss = N[at == budget], L[at == budget]
             curves[budget] = n, loss, laws.isoflop_minimum(n, loss)
         one = found[configuration] = {"N": N, "D": D, "L": L, "curves": curves}
+        if len(N) > len(curves) + 3 and any(fit for _, _, fit in curves.values()):
+            one["minima"] = laws.resampled_minima(at, N, L, seed)
         if len(N) >= 6 and len(curves) >= 2 and laws.determined(N, D):
             one["laws"] = laws.fit_laws(N, D, L, laws.bootstrap_weights(N, D, seed))
             shape = own[0]["vocab_size"], own[0]["context_tokens"]
@@ -460,14 +463,35 @@ def analyse(rows):
     return budgets, C, found, gaps
 
 
+def gaps_without_law(found):
+    """Return {objective: (budgets (K,), bits lost (1 + S, K), G (1 + S, K), the largest budget)}.
+
+    Read from the minima of the budgets that both of its configurations were trained at.
+    """
+    gaps = {}
+    for objective in TRAIN:
+        pair = [found.get((objective, tokenizer), {}) for tokenizer in ("byte", "bpe")]
+        if not all("minima" in one for one in pair):
+            continue
+        (byte_budgets, byte), (bpe_budgets, bpe) = (one["minima"] for one in pair)
+        both = np.intersect1d(byte_budgets, bpe_budgets)
+        bits = byte[:, np.isin(byte_budgets, both)] - bpe[:, np.isin(bpe_budgets, both)]
+        compute = laws.interpolated_gap(byte_budgets, byte, bpe_budgets, bpe)
+        gaps[objective] = both, bits, compute[:, np.isin(bpe_budgets, both)], byte_budgets[-1]
+    return gaps
+
+
 # -----------------------------------------------------------------------------------------------
 # The tables, in Markdown.
 
-def interval(values, digits=3):
-    """Return the first of the values, and the 90% interval of the others: "2.51 [2.40, 2.63]"."""
+def interval(values, digits=3, far="never"):
+    """Return the first of the values, and the 90% interval of the others: "2.51 [2.40, 2.63]".
+
+    far: what stands for infinity.
+    """
     def text(value):
         if np.isinf(value):
-            return "never"
+            return far
         return short(f"{value:.0e}") if value >= 1e4 else f"{value:#.{digits}g}".rstrip(".")
     low, high = np.quantile(values[1:], (0.05, 0.95), method="nearest")
     return f"{text(values[0])} [{text(low)}, {text(high)}]"
@@ -506,8 +530,23 @@ def gap_rows(objective, gap, budgets, C, top):
     return rows
 
 
+def direct_rows(objective, budgets, bits, compute, top):
+    """Return a row for each budget, of what gaps_without_law returns."""
+    rows = []
+    for k, budget in enumerate(budgets):
+        bound = f"above {top / budget:.0f}"
+        G = interval(compute[:, k], far=bound).replace(f"{bound} [{bound}, {bound}]", bound)
+        rows.append([objective.upper(), exact(budget), interval(bits[:, k]), G])
+    return rows
+
+
 def report(budgets, C, found, gaps):
-    """Print the laws, the IsoFLOP minima, the gap and parity."""
+    """Print the gap without a law, then the laws, the IsoFLOP minima, their gap and parity."""
+    if direct := gaps_without_law(found):
+        print_table("The gap of bytes without a law, from IsoFLOP minima with one curvature a "
+                    f"configuration; [90% of {laws.RESAMPLES} samples of residuals]",
+                    ["objective", "FLOPs of BPE", "bits per byte lost", "G"],
+                    [row for item in direct.items() for row in direct_rows(item[0], *item[1])])
     fitted = {key: one for key, one in found.items() if "laws" in one}
     if fitted:
         print_table("Laws of bits per byte, E + A / N^alpha + B / D^beta, N without embeddings, D "
@@ -523,8 +562,8 @@ def report(budgets, C, found, gaps):
                  for key, one in found.items()])
     if gaps:
         top = {objective: max(found[objective, "byte"]["curves"]) for objective in gaps}
-        print_table("The gap of bytes, in bits per byte at equal compute, and in compute at equal "
-                    "bits per byte", ["objective", "FLOPs of BPE", "gap in bits", "gap G"],
+        print_table("The gap by the laws, in bits per byte at equal compute, and in compute at "
+                    "equal bits per byte", ["objective", "FLOPs of BPE", "gap in bits", "gap G"],
                     [row for objective, gap in gaps.items()
                      for row in gap_rows(objective, gap, budgets, C, top[objective])])
         print_table(f"Parity of the frontiers, extrapolated up to {exact(FAR)} FLOPs",
@@ -601,31 +640,23 @@ def paint_frontiers(axes, budgets, C, found):
            title="dots: IsoFLOP minima (triangles: not bracketed); bands: 90%")
 
 
-def paint_gap(axes, budgets, C, found, gaps):
+def paint_gap(axes, found):
     ax = axes[0, 0]
-    near = (C >= budgets[0]) & (C <= budgets[-1])
-    for objective, gap in gaps.items():
-        color = COLORS[objective, "byte"]
-        byte, bpe = (found[objective, tokenizer]["curves"] for tokenizer in ("byte", "bpe"))
-        band(ax, C[near], gap["bits"][:, near], slice(None), color, f"{objective.upper()}, fits")
-        for budget in sorted(set(byte) & set(bpe)):
-            fits = [curves[budget][2] for curves in (byte, bpe)]
-            lowest = [fit[1] if fit else min(curves[budget][1])
-                      for fit, curves in zip(fits, (byte, bpe), strict=True)]
-            ax.plot(budget, lowest[0] - lowest[1], "o" if all(fits) else "v", color=color)
-    ax.set(xlabel="training FLOPs", ylabel="bits per byte that bytes lose", ylim=(0, None),
-           title="dots: IsoFLOP minima (triangles: not bracketed); bands: 90%")
+    for objective, (budgets, bits, _, _) in gaps_without_law(found).items():
+        low, high = np.quantile(bits[1:], (0.05, 0.95), axis=0)
+        ax.errorbar(budgets, bits[0], (bits[0] - low, high - bits[0]), fmt="o-", capsize=3,
+                    color=COLORS[objective, "byte"], label=f"{objective.upper()}; bars: 90%")
+    ax.set(xlabel="training FLOPs", ylabel="bits per byte that bytes lose", ylim=(0, None))
 
 
-def plot(out, budgets, C, found, gaps):
-    """Draw isoflops.png and, if there are laws, frontier.png and gap.png."""
+def plot(out, budgets, C, found):
+    """Draw isoflops.png and, as far as there are laws and gaps, frontier.png and gap.png."""
     draw(out / "isoflops.png", (2, 2), (7.5, 7), lambda axes: paint_isoflops(axes, found), 5)
     if any("laws" in one for one in found.values()):
         draw(out / "frontier.png", (1, 1), (7.5, 5),
              lambda axes: paint_frontiers(axes, budgets, C, found))
-    if gaps:
-        draw(out / "gap.png", (1, 1), (7.5, 4.5),
-             lambda axes: paint_gap(axes, budgets, C, found, gaps))
+    if gaps_without_law(found):
+        draw(out / "gap.png", (1, 1), (7.5, 4.5), lambda axes: paint_gap(axes, found))
     print(f"\nfigures: {out}")
 
 
@@ -670,7 +701,7 @@ def main():
     check_alike(used, path)
     found = analyse(used)
     report(*found)
-    plot(args.out, *found)
+    plot(args.out, *found[:3])
     if failed:
         sys.exit(2)
 

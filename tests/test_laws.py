@@ -137,3 +137,37 @@ def test_an_isoflop_minimum_is_that_of_the_parabola_or_none_at_an_edge():
     assert laws.isoflop_minimum(N, 2 + 0.1 * np.log(N / 5e5) ** 2) is None
     assert laws.isoflop_minimum(N, 2 - 0.1 * np.log(N / 5e4) ** 2) is None
     assert laws.isoflop_minimum(N[:2], np.array([2.0, 3.0])) is None
+
+
+def planted_runs(rng, noise, widths=4):
+    """Return C, N, L of runs about planted minima 3 C^-0.05, with N* = 1e-4 C^0.6."""
+    C = np.repeat(np.geomspace(1e12, 1e14, 5), widths)
+    N = 1e-4 * C**0.6 * np.tile(np.geomspace(0.4, 2.5, widths), 5)
+    L = 10 * C**-0.05 + 0.08 * np.log(N / (1e-4 * C**0.6)) ** 2
+    return C, N, L + noise * rng.standard_normal(len(L))
+
+
+def test_pooled_minima_recover_planted_ones_also_from_one_width():
+    C, N, L = planted_runs(np.random.default_rng(0), noise=0)
+    # At the last budget one width is left, far from the minimum.
+    budgets, minima, fitted = laws.pooled_minima(C[:-3], N[:-3], L[:-3])
+    np.testing.assert_allclose(minima, 10 * budgets**-0.05, rtol=1e-6)
+    np.testing.assert_allclose(fitted, L[:-3], rtol=1e-6)
+
+
+def test_the_interpolated_gap_of_power_laws_is_exact_and_bounded_by_the_budgets():
+    C = np.geomspace(1e12, 1e14, 5)
+    bpe, byte = 10 * C**-0.05, 10 * (C / 20) ** -0.05
+    gap = laws.interpolated_gap(C, np.array([byte]), C, np.array([bpe]))[0]
+    np.testing.assert_allclose(gap[C * 20 < 1e14], 20, rtol=1e-6)
+    assert np.isinf(gap[C * 20 > 1.01e14]).all()
+
+
+def test_intervals_of_minima_hold_the_truth_as_often_as_they_say():
+    held = []
+    for seed in range(60):
+        C, N, L = planted_runs(np.random.default_rng(seed), noise=0.02)
+        budgets, samples = laws.resampled_minima(C, N, L, seed, count=100)
+        low, high = np.quantile(samples[1:], (0.05, 0.95), axis=0)
+        held.append((low < 10 * budgets**-0.05) & (10 * budgets**-0.05 < high))
+    assert 0.80 < np.mean(held) < 0.97

@@ -108,7 +108,8 @@ def train_bpe(text, vocab_size):
 
 
 def heap_entry(pair, counts, tokens):
-    """Return what sorts first for the most frequent pair, then for the greatest as bytes."""
+    """Return the heap's key of a pair: the most frequent first, then the greatest as bytes."""
+    # The 1 sorts a longer token before its own beginning.
     left, right = ([-byte for byte in tokens[i]] + [1] for i in pair)
     return -counts[pair], left, right, pair
 
@@ -116,7 +117,7 @@ def heap_entry(pair, counts, tokens):
 def apply_merge(pair, new, words, weights, counts, where):
     """Merge pair in all words; update counts and where. Return the pairs whose counts changed.
 
-    counts: pair -> how often it occurs; where: pair -> indices of the words that had it at times.
+    counts: pair -> how often it occurs; where: pair -> the words that have it, or once had it.
     """
     changes = defaultdict(int)
     for w in where.pop(pair):
@@ -136,7 +137,7 @@ def apply_merge(pair, new, words, weights, counts, where):
 
 
 class WordCache(dict):
-    """word -> its token ids as the bytes of uint16 numbers, computed when first asked for."""
+    """word -> its ids, packed as the bytes of uint16, computed when first asked for."""
 
     def __init__(self, encode_word):
         self.encode_word = encode_word
@@ -197,7 +198,7 @@ class Tokenizer:
             pair, new = self.rules[heapq.heappop(ranks)]
             parts = symbols.split(pair)
             symbols = new.join(parts)
-            # The new token has new neighbours: another new one, where a part is empty.
+            # A new token has new neighbours; where a part is empty, that is another new token.
             for before, after in pairwise(parts):
                 for neighbours in ((before[-1:] or new) + new, new + after[:1]):
                     if neighbours in self.rank:

@@ -24,7 +24,6 @@ import re
 import shutil
 import sys
 import sysconfig
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -53,7 +52,7 @@ except ImportError:
 CACHE = Path("data")
 VAL_FRACTION = 0.05        # of the bytes, by whole documents
 PIECE = 16 * 2**10         # bytes of a document where a lone file is cut into them, at line ends
-LONGEST = 8 * 2**20        # bytes of a document at most, unless it is a line of a .jsonl
+LONGEST = 8 * 2**20        # bytes of a document, about, where a file of a folder is cut into them
 BPE_SAMPLE = 32 * 2**20    # bytes of training text that a BPE vocabulary is learned from
 MANY_CORES_FROM = 2**28    # bytes of text that are worth starting processes to encode
 CRC_UP_TO = 2**30          # bytes of a file that is checked whenever it is opened
@@ -133,8 +132,8 @@ def receive(url, path):
     except urllib.error.HTTPError as error:
         if error.code == 416:
             discard(part, f"{url}: {part.name} is longer than the file")
-        raise InputError(f"{url}: {error.code} {error.reason}: take another --data, such as "
-                         "pysrc or a path") from None
+        raise InputError(f"{url}: {error.code} {error.reason}: try later, or take another "
+                         "--data, such as pysrc or a path") from None
     except (OSError, http.client.HTTPException) as error:
         raise InputError(f"{url}: {getattr(error, 'reason', error)}: the same command resumes the "
                          "download, --data PATH needs none") from None
@@ -194,7 +193,11 @@ def find_files(data):
     if data in ARCHIVES:
         url, size, sha256 = ARCHIVES[data]
         if not (downloads / data).exists():
-            unpack(fetch(url, downloads / f"{data}.zip"), downloads / data, size, sha256)
+            archive = fetch(url, downloads / f"{data}.zip")
+            with locked_cache():
+                # Unless another process has just done it.
+                if not (downloads / data).exists():
+                    unpack(archive, downloads / data, size, sha256)
         return data, [downloads / data], False
     name, _, count = data.partition(":")
     if name in SHARDS:
@@ -214,9 +217,9 @@ def find_files(data):
         files = [file for file in sorted(path.rglob("*")) if file.is_file()
                  and not any(part.startswith(".") for part in file.relative_to(path).parts)]
     name = re.sub(r"[^\w-]", "_", path.resolve().name.split(".")[0]) or "corpus"
-    # A lone small file is cut into documents, wherever it lies.
-    whole = path.is_dir() and sum(file.stat().st_size for file in files) > LONGEST
-    return name, files, whole or len(files) > 1
+    # The files of a folder are documents, but a lone small one would be the only document.
+    small = sum(file.stat().st_size for file in files) <= LONGEST
+    return name, files, path.is_dir() and not (small and len(files) == 1)
 
 
 def open_any(file):
@@ -405,7 +408,11 @@ def prepare(folder, key, write, *arguments):
             return meta
         if folder.exists():
             print(f"note   {folder} is outdated or damaged: prepared again", file=sys.stderr)
-        temporary = Path(tempfile.mkdtemp(prefix=".preparing-", dir=CACHE))
+        # Left by processes that were killed.
+        for left in CACHE.glob(".preparing-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = CACHE / f".preparing-{folder.name}"
+        temporary.mkdir()
         try:
             meta = write(temporary, *arguments) | {"key": key}
             meta["files"] = {name: checksum(temporary / name) for name in ("train.bin", "val.bin")}
@@ -433,15 +440,12 @@ def locked_cache():
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         CACHE.mkdir(parents=True, exist_ok=True)
-        # Left by a process that was killed.
-        for left in CACHE.glob(".preparing-*"):
-            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
-        os.close(descriptor)
         # Bad input leaves nothing behind: if nothing is in it, it goes.
         with contextlib.suppress(OSError):
             CACHE.rmdir()
+        os.close(descriptor)
 
 
 @dataclass
@@ -453,13 +457,13 @@ class Corpus:
     val: np.ndarray
 
     def tokens(self, context_bytes):
-        """Return the tokens in a sequence of so many bytes: for BPE a multiple of 16."""
+        """Return the number of tokens in so many bytes of context: for BPE a multiple of 16."""
         if self.tokenizer.vocab_size == 256:
             return context_bytes
         return max(16, 16 * round(context_bytes / self.meta["bytes_per_token"] / 16))
 
     def shuffle_tokens(self, shuffle_bytes, context):
-        """Return the tokens in a block of so many bytes: for BPE the nearest divisor of context."""
+        """Return the number of tokens in a block of so many bytes: for BPE a divisor of context."""
         if self.tokenizer.vocab_size == 256:
             return shuffle_bytes
         length = shuffle_bytes / self.meta["bytes_per_token"]
@@ -496,7 +500,7 @@ def load(data="pysrc", tokenizer="byte", vocab_size=4096):
 
 @functools.lru_cache(maxsize=4)
 def epoch_starts(seed, epoch, length, context):
-    """Return where an epoch's sequences start, in random order: all of the stream, once."""
+    """Return where an epoch's sequences start: side by side from a random offset, shuffled."""
     rng = np.random.default_rng((seed, epoch))
     return rng.integers(context) + context * rng.permutation(length // context - 1)
 
@@ -511,7 +515,7 @@ def permutation(block):
 
 
 class Sequences:
-    """Sequences of context tokens of a stream of ids, each block of shuffle tokens permuted.
+    """Sequences of context tokens, cut from a stream of ids; shuffle: tokens in a permuted block.
 
     Raise InputError if the stream is too short, or if shuffle does not divide context.
     """

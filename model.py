@@ -1,4 +1,4 @@
-"""The one Transformer of all four configurations, its FLOPs, its optimizer and its KV cache.
+"""The one Transformer (for AR or MDM, BPE or bytes), its FLOPs, its optimizer and its KV cache.
 
     python model.py [--vocab 256] [--context 512] [--widths 64 128]     # sizes and training speed
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model. Raises ValueError for a width that is not a multiple of its heads."""
+    """The shape of a model. Raises ValueError unless the head dimension divides the width."""
     vocab_size: int = 256
     context: int = 512                # tokens
     width: int = 128
@@ -181,7 +181,10 @@ class Transformer(nn.Module):
 
 
 class KVCache:
-    """The keys and values of all tokens that a causal model has read, for Transformer.forward."""
+    """The keys and values of all tokens that a causal model has read, for Transformer.forward.
+
+    It takes any number of tokens while it is empty, then one at a time.
+    """
 
     def __init__(self, model, batch):
         config = model.config
@@ -214,11 +217,11 @@ def make_optimizer(model, weight_decay=0.1):
     groups = [
         {"params": matrices, "scale": scale, "weight_decay": weight_decay},
         {"params": [model.head.weight], "scale": 10 * scale, "weight_decay": weight_decay},
-        {"params": [model.embedding.weight], "scale": 10},
-        {"params": norm_weights, "scale": 1},
+        {"params": [model.embedding.weight], "scale": 10, "weight_decay": 0.0},
+        {"params": norm_weights, "scale": 1, "weight_decay": 0.0},
     ]
     fused = model.head.weight.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -231,6 +234,8 @@ def seconds_per_call(call, device):
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
     return time.perf_counter() - start
 
 

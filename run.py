@@ -1,6 +1,6 @@
-"""What every run needs and no one wants to read twice: flags, processes, plan, log, resume.
+"""What every run needs besides its objective: flags, processes, the plan, the log, resuming.
 
-Nothing in this file depends on the objective. A run lives in a folder: checkpoint.pt and log.csv
+A run lives in a folder: checkpoint.pt and log.csv
 while it trains, result.json and loss.png at its end.
 """
 import argparse
@@ -66,7 +66,8 @@ def run_script(main):
     except (InputError, OSError) as error:
         stop(f"error: {error}", 2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        known = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        if not known and not isinstance(error, torch.OutOfMemoryError):
             raise
         stop("error: out of memory: lower --micro (tokens in memory at once) or --width", 2)
     if dist.is_initialized():
@@ -76,8 +77,8 @@ def run_script(main):
 
 
 def stop(message, status):
-    """End the process with a line on stderr, which one rank prints for all."""
-    if os.environ.get("RANK", "0") == "0":
+    """End the process with a line on stderr; what all ranks meet is printed by one."""
+    if os.environ.get("RANK", "0") == "0" or "memory" in message:
         print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
         # The other ranks may never answer again: don't wait for them.
@@ -204,7 +205,7 @@ def rank_zero_first(rank, world_size):
 # Before training: the size of the run, its settings, its plan.
 
 def default_width(flops, width_at_1e12):
-    """Return the compute-optimal width of our study: it grows as C^0.35, up to 576 at 1e18."""
+    """Return the default width: near the study's optimum, C^0.35; later C^(1/6), 576 at 1e18."""
     width = min(width_at_1e12 * (flops / 1e12) ** 0.35, 576 * (flops / 1e18) ** (1 / 6))
     return head_dim(width) * max(1, round(width / head_dim(width)))
 
@@ -228,9 +229,10 @@ def count_steps(args, default_batch, config):
 
 
 def split_batch(args, batch, context, rank, world_size, device):
-    """Return this rank's part of a batch as (rows, again): slices of equal size that fit in memory.
+    """Return this rank's part of a batch as (rows, repeated): slices that fit in memory.
 
-    The last slice may begin with sequences that the one before has read: so many count no more.
+    All have the same size, so that one compilation serves all, and they are as few as can be. So
+    the last may begin with sequences that the one before has read: repeated is their number.
     Raise InputError if the batch has fewer sequences than there are ranks.
     """
     if batch < world_size:
@@ -242,8 +244,8 @@ def split_batch(args, batch, context, rank, world_size, device):
     size = math.ceil((last - first) / pieces)
     parts = []
     for start in range(first, last, size):
-        again = max(0, start + size - last)
-        parts.append((slice(start - again, start - again + size), again))
+        repeated = max(0, start + size - last)
+        parts.append((slice(start - repeated, start - repeated + size), repeated))
     return parts
 
 
@@ -267,8 +269,9 @@ def describe(objective, args, corpus, config, batch, steps, options):
     usual = {"vocab": 4096, "context": 512, "batch": None, "lr": args.tuned_lr, "shuffle": 1,
              "span": 1, "schedule": "linear"}
     name = f"{objective}-{args.tokenizer}-w{config.width}-c{args.flops:g}-s{args.seed}"
-    name += "".join(f"-{key}{value}" for key, value in vars(args).items()
-                    if value != usual.get(key, value))
+    for key, value in usual.items():
+        if getattr(args, key, value) != value:
+            name += f"-{key}{getattr(args, key)}"
     name += "" if args.data == "pysrc" else f"-{corpus.name}"
     return settings, args.out or Path("runs") / name.replace("e+0", "e").replace("e+", "e")
 
@@ -334,7 +337,8 @@ def wrap(model, args, micro_batches, device, world_size):
                 raise InputError(f"--compile on: no compiler works here: {reason}") from None
             print(f"note   no compiler works here ({reason}): not compiled", file=sys.stderr)
     net = distribute(model)
-    return net, measure(net, 1)
+    # One sequence tells enough about a CPU, where all of a slice may take minutes.
+    return net, measure(net, 1 if device.type == "cpu" else size)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -368,7 +372,7 @@ def load_checkpoint(path):
     found = torch.load(path, map_location="cpu", weights_only=True)
     missing = {"settings", "merges", "model", "optimizer", "log"} - set(found)
     if missing or not 0 < found["log"]["step"] <= found["settings"]["steps"]:
-        raise ValueError(f"no checkpoint of ours {missing or ''}")
+        raise ValueError(f"not a checkpoint of this project {missing or ''}")
     return found
 
 
@@ -460,7 +464,7 @@ class Log:
             self.state = saved["log"]
         self.losses = []
         self.bytes = self.state["bytes"]
-        self.saving = 0.0
+        self.save_seconds = 0.0
 
     @property
     def step(self):
@@ -475,10 +479,11 @@ class Log:
             dist.broadcast(seconds, 0)
         if not self.state["row_count"]:
             rows = max(LOG_ROWS, seconds.item() / 60)
+            # A multiple, so that each validation falls on a row.
             self.state["row_count"] = VALIDATIONS * math.ceil(rows / VALIDATIONS)
-        self.rows = self.spread(self.state["row_count"])
-        self.validations = self.spread(VALIDATIONS) - {steps}
-        self.saved = time.monotonic()
+        self.row_steps = self.spread(self.state["row_count"])
+        self.validation_steps = self.spread(VALIDATIONS) - {steps}
+        self.last_save = time.monotonic()
         self.started = time.perf_counter()
 
     def spread(self, count):
@@ -493,10 +498,10 @@ class Log:
         self.bytes += int(self.corpus.tokenizer.bytes_per_id[ids].sum())
 
     def write(self, step, lr, norm, val_bpb):
-        """Add a row for the steps since the last one, and save if it is time. Return its words.
+        """Add a row for the steps since the last one, and save if it is time.
 
-        loss and norm are read here, so an accelerator is waited for here and nowhere else. Raise
-        InputError if one is not finite.
+        Return the text for the bar. loss and norm are read here, so an accelerator is waited for
+        here and nowhere else. Raise InputError if one is not finite.
         """
         losses = torch.stack(self.losses)                                 # (steps,)
         if dist.is_initialized():
@@ -518,8 +523,8 @@ class Log:
         if self.rank == 0:
             write_csv(self.out / "log.csv", LOG_COLUMNS, state["rows"])
             # At most 3% of the time goes into checkpoints, however slow the disk.
-            pause = max(SAVE_SECONDS, 33 * self.saving)
-            if step == self.settings["steps"] or time.monotonic() - self.saved >= pause:
+            pause = max(SAVE_SECONDS, 33 * self.save_seconds)
+            if step == self.settings["steps"] or time.monotonic() - self.last_save >= pause:
                 self.save()
         self.started = time.perf_counter()
         return f"{train_bpb:.3f} BPB, {flops / state['seconds'] / 1e9:,.0f} GFLOP/s"
@@ -532,11 +537,12 @@ class Log:
                       "log": self.state}
         try:
             write_atomic(self.out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
-        except RuntimeError:
+        except RuntimeError as error:
             # This is how torch says that the disk is full.
-            raise OSError(f"{self.out / 'checkpoint.pt'}: no space left to write it") from None
-        self.saved = time.monotonic()
-        self.saving = self.saved - began
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{self.out / 'checkpoint.pt'}: no space left? {reason}") from None
+        self.last_save = time.monotonic()
+        self.save_seconds = self.last_save - began
 
     def finish(self, bpb, stderr, val_bytes, **more):
         """Write result.json, then loss.png, and print the result."""

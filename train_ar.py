@@ -100,6 +100,7 @@ def main():
     # The run: budget, width and batch fix the number of steps.
     config = Config(tokenizer.vocab_size, context, width, causal=OBJECTIVE == "ar")
     batch, steps = run.count_steps(args, batch_tokens(args.flops, args.tokenizer), config)
+    # A small budget gets a small validation; before the last one, 1/16 of the text is read.
     val_count = max(16, min(VAL_BYTES // args.context, 2 * steps * batch))
     val = data.Sequences(corpus.val, context, shuffle).spaced(val_count)                # (N, T)
     settings, out = run.describe(OBJECTIVE, args, corpus, config, batch, steps, options)
@@ -126,9 +127,9 @@ def main():
         ids = torch.from_numpy(train.batch(args.seed, step, batch))                     # (B, T)
         inputs, weights = corrupt(ids, config.vocab_size, run.generator(args.seed, step), **options)
         batch_loss = 0.0
-        for rows, again in micro_batches:
+        for rows, repeated in micro_batches:
             x, y, w = run.to_device(device, inputs[rows], ids[rows], weights[rows])
-            w[:again] = 0
+            w[:repeated] = 0
             if world_size > 1:
                 net.require_backward_grad_sync = rows == micro_batches[-1][0]
             share = (w * net(x, y)).sum() / ids.numel()
@@ -140,9 +141,9 @@ def main():
         optimizer.zero_grad()
 
         log.add(batch_loss, ids)
-        if step + 1 in log.rows:
+        if step + 1 in log.row_steps:
             val_bpb = None
-            if step + 1 in log.validations and rank == 0:
+            if step + 1 in log.validation_steps and rank == 0:
                 val_bpb, _ = evaluate(model, val[::16], tokenizer.bytes_per_id)
             bar.set_postfix_str(log.write(step + 1, lr, norm, val_bpb), refresh=False)
 

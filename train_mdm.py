@@ -51,20 +51,20 @@ def corrupt(ids, special_id, generator, schedule="linear", span=1):
     The bound: mask each token with probability m(u), u ~ U(0, 1), and weigh the loss of the masked
     tokens by m'(u) / m(u). Only k, the number of masked tokens, matters for the weight. So we draw
     k as the schedule would, k = ceil(T m(u)), and use the mean of the weight given k, 1 / (k P(k)):
-    the same expectation, a smaller variance. With spans, runs of tokens take the place of tokens.
+    the same expectation, a smaller variance. With --span, spans of tokens take the place of tokens.
     """
     B, T = ids.shape
-    runs = T // span
+    spans = T // span
     rate, inverse = SCHEDULES[schedule]
     # Times are spread evenly over the batch, and each is uniform by itself.
     u = torch.arange(B, dtype=torch.float64) / B
     u = (u + torch.rand(1, generator=generator, dtype=torch.float64)) % 1               # (B,)
-    k = (runs * rate(u)).ceil().clamp(1, runs)                                          # (B,)
-    probability = inverse(k / runs) - inverse((k - 1) / runs)
+    k = (spans * rate(u)).ceil().clamp(1, spans)                                          # (B,)
+    probability = inverse(k / spans) - inverse((k - 1) / spans)
     weight = 1 / (k * probability)
 
-    # Mask k random runs.
-    order = torch.rand(B, runs, generator=generator).argsort(dim=1)
+    # Mask k random spans.
+    order = torch.rand(B, spans, generator=generator).argsort(dim=1)
     masked = (order < k[:, None]).repeat_interleave(span, dim=1)                        # (B, T)
     inputs = torch.where(masked.to(ids.device), special_id, ids)                        # (B, T)
     weights = torch.where(masked, weight[:, None], 0.0).float().to(ids.device)          # (B, T)
@@ -116,7 +116,7 @@ def main():
     parser = run.arguments(__doc__)
     parser.add_argument("--schedule", choices=SCHEDULES, default="linear",
                         help="how the mask rate follows the time")
-    parser.add_argument("--span", type=run.COUNT, default=1, help="mask runs of so many tokens")
+    parser.add_argument("--span", type=run.COUNT, default=1, help="mask spans of so many tokens")
     args = parser.parse_args()
     options = {"schedule": args.schedule, "span": args.span}
     rank, world_size, device = run.setup(args, LEARNING_RATE)
@@ -135,6 +135,7 @@ def main():
     # The run: budget, width and batch fix the number of steps.
     config = Config(tokenizer.vocab_size, context, width, causal=OBJECTIVE == "ar")
     batch, steps = run.count_steps(args, batch_tokens(args.flops, args.tokenizer), config)
+    # A small budget gets a small validation; before the last one, 1/16 of the text is read.
     val_count = max(16, min(VAL_BYTES // args.context, 2 * steps * batch))
     val = data.Sequences(corpus.val, context, shuffle).spaced(val_count)                # (N, T)
     settings, out = run.describe(OBJECTIVE, args, corpus, config, batch, steps, options)
@@ -161,9 +162,9 @@ def main():
         ids = torch.from_numpy(train.batch(args.seed, step, batch))                     # (B, T)
         inputs, weights = corrupt(ids, config.vocab_size, run.generator(args.seed, step), **options)
         batch_loss = 0.0
-        for rows, again in micro_batches:
+        for rows, repeated in micro_batches:
             x, y, w = run.to_device(device, inputs[rows], ids[rows], weights[rows])
-            w[:again] = 0
+            w[:repeated] = 0
             if world_size > 1:
                 net.require_backward_grad_sync = rows == micro_batches[-1][0]
             share = (w * net(x, y)).sum() / ids.numel()
@@ -175,9 +176,9 @@ def main():
         optimizer.zero_grad()
 
         log.add(batch_loss, ids)
-        if step + 1 in log.rows:
+        if step + 1 in log.row_steps:
             val_bpb = None
-            if step + 1 in log.validations and rank == 0:
+            if step + 1 in log.validation_steps and rank == 0:
                 val_bpb, _ = evaluate(model, val[::16], tokenizer.bytes_per_id, span=args.span)
             bar.set_postfix_str(log.write(step + 1, lr, norm, val_bpb), refresh=False)
 

@@ -158,7 +158,7 @@ def test_a_batch_is_read_in_equal_pieces_as_few_as_fit(sequences, fit):
         sizes = {rows.stop - rows.start for rows, _ in parts}
         own = (rank + 1) * sequences // 2 - rank * sequences // 2
         assert len(sizes) == 1 and max(sizes) <= fit and len(parts) == -(-own // fit)
-        read += [i for rows, again in parts for i in range(rows.start + again, rows.stop)]
+        read += [i for rows, repeated in parts for i in range(rows.start + repeated, rows.stop)]
     assert read == list(range(sequences))
 
 
@@ -269,8 +269,8 @@ def test_checkpoints_take_at_most_three_percent_of_the_time(workplace, monkeypat
 
     def slow_save(self):
         saves.append(self.step)
-        self.saved = run.time.monotonic()
-        self.saving = 0.5
+        self.last_save = run.time.monotonic()
+        self.save_seconds = 0.5
     monkeypatch.setattr(run, "SAVE_SECONDS", 0)
     monkeypatch.setattr(run.Log, "save", slow_save)
     done = train(workplace, "ar", "slow-disk", "--flops", 1e10)

@@ -13,7 +13,7 @@ span: the bound of a span S predicts the S bytes of a run independently of each 
 single bytes is shown beside it.
 
 segmentation: AUROC of the entropy of a model's next-byte prediction, as a detector of BPE token
-starts. Any better predictor has a higher one, so compare at equal bits per byte.
+starts. A better predictor tends to have a higher one, so compare at equal bits per byte.
 """
 import csv
 import math
@@ -109,7 +109,7 @@ def span_curves(rows):
     # A model that was trained with single bytes has one bound only.
     rows = [row if row["span"] == 1 else
             row | {"val_bpb": row["val_bpb_span1"], "val_bpb_stderr": row["val_bpb_span1_stderr"]}
-            for row in rows]
+            for row in rows if row["span"] == 1 or row["val_bpb_span1"]]
     single = summary(rows, "span")
     bpe_line = dict.fromkeys(own[byte], own[bpe][1]) if own[bpe] else {}
     return [("MDM, bytes: bound of its spans", own[byte], "o-", COLORS[byte]),

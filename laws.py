@@ -31,8 +31,9 @@ def pooled_minima(C, N, L):
     """Fit the losses L (n,) of all runs of a configuration, of sizes N (n,) at budgets C (n,).
 
     L = L*(C) + c (ln N - n0 - a ln C)^2: one curvature, one N* = exp(n0) C^a, and a minimum L* of
-    its own for each budget. With ln N, (ln N)^2 and ln N ln C as columns this is linear. Return
-    (budgets (K,), minima (K,), fitted losses (n,)).
+    its own for each budget. Written as L = level(C) + c x^2 + (b + d t) x, with x = ln N and
+    t = ln C, it is linear. Return (budgets (K,), minima (K,), fitted losses (n,)); the minima are
+    nan if the curvature is not positive.
     """
     budgets, index = np.unique(C, return_inverse=True)
     x, t = np.log(N), np.log(C)
@@ -43,24 +44,27 @@ def pooled_minima(C, N, L):
     coefficients = np.linalg.lstsq(X, L, rcond=None)[0]
     c, b, d = coefficients[-3:]
     # The minimum of c x^2 + (b + d t) x.
-    lowest = (b + d * (np.log(budgets) - t0)) ** 2 / (4 * c)
-    return budgets, coefficients[:-3] - lowest, X @ coefficients
+    lowest = -(b + d * (np.log(budgets) - t0)) ** 2 / (4 * c) if c > 0 else np.nan
+    return budgets, coefficients[:-3] + lowest, X @ coefficients
 
 
 def resampled_minima(C, N, L, seed, count=RESAMPLES):
     """Return the budgets (K,) and their minima (1 + count, K): first as fitted, then resampled.
 
     A sample adds to the fitted losses residuals drawn at random, so the design stays as it is. They
-    are scaled up for the K + 3 numbers that were fitted.
+    are scaled up for the K + 3 numbers that were fitted. nan if the fit has no minima; samples
+    without are drawn again.
     """
     rng = np.random.default_rng(seed)
     budgets, minima, fitted = pooled_minima(C, N, L)
     free = len(L) - len(budgets) - 3
     residuals = (L - fitted) * np.sqrt(len(L) / max(1, free))
     samples = [minima]
-    for _ in range(count):
+    while len(samples) <= count:
         drawn = fitted + rng.choice(residuals, len(L))
-        samples.append(pooled_minima(C, N, drawn)[1])
+        resampled = pooled_minima(C, N, drawn)[1]
+        if np.isfinite(resampled).all() or np.isnan(minima).any():
+            samples.append(resampled)
     return budgets, np.array(samples)
 
 
@@ -71,9 +75,11 @@ def interpolated_gap(byte_budgets, byte, bpe_budgets, bpe):
     of BPE within their budgets, nan where they had it before their first.
     """
     log_c = np.log(byte_budgets)
-    found = [np.interp(-np.log(low), -np.log(high), log_c, left=np.nan, right=np.inf)
-             for low, high in zip(bpe, byte, strict=True)]
-    return np.exp(np.array(found) - np.log(bpe_budgets))
+    # np.interp wants increasing numbers, and more compute never makes the best loss worse.
+    byte = np.minimum.accumulate(byte, axis=1)
+    log_c_byte = [np.interp(-np.log(low), -np.log(high), log_c, left=np.nan, right=np.inf)
+                  for low, high in zip(bpe, byte, strict=True)]
+    return np.exp(np.array(log_c_byte) - np.log(bpe_budgets))
 
 
 # -----------------------------------------------------------------------------------------------

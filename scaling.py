@@ -448,7 +448,9 @@ def analyse(rows):
             curves[budget] = n, loss, laws.isoflop_minimum(n, loss)
         one = found[configuration] = {"N": N, "D": D, "L": L, "curves": curves}
         if len(N) > len(curves) + 3 and any(fit for _, _, fit in curves.values()):
-            one["minima"] = laws.resampled_minima(at, N, L, seed)
+            minima = laws.resampled_minima(at, N, L, seed)
+            if np.isfinite(minima[1]).all():
+                one["minima"] = minima
         if len(N) >= 6 and len(curves) >= 2 and laws.determined(N, D):
             one["laws"] = laws.fit_laws(N, D, L, laws.bootstrap_weights(N, D, seed))
             shape = own[0]["vocab_size"], own[0]["context_tokens"]
@@ -534,7 +536,7 @@ def direct_rows(objective, budgets, bits, compute, top):
     """Return a row for each budget, of what gaps_without_law returns."""
     rows = []
     for k, budget in enumerate(budgets):
-        bound = f"above {top / budget:.0f}"
+        bound = f"above {int(top / budget)}" if top > budget else ""
         G = interval(compute[:, k], far=bound).replace(f"{bound} [{bound}, {bound}]", bound)
         rows.append([objective.upper(), exact(budget), interval(bits[:, k]), G])
     return rows
@@ -643,7 +645,7 @@ def paint_frontiers(axes, budgets, C, found):
 def paint_gap(axes, found):
     ax = axes[0, 0]
     for objective, (budgets, bits, _, _) in gaps_without_law(found).items():
-        low, high = np.quantile(bits[1:], (0.05, 0.95), axis=0)
+        low, high = np.quantile(bits[1:], (0.05, 0.95), axis=0, method="nearest")
         ax.errorbar(budgets, bits[0], (bits[0] - low, high - bits[0]), fmt="o-", capsize=3,
                     color=COLORS[objective, "byte"], label=f"{objective.upper()}; bars: 90%")
     ax.set(xlabel="training FLOPs", ylabel="bits per byte that bytes lose", ylim=(0, None))
@@ -666,7 +668,8 @@ def study_arguments(doc):
     """Return the parser of a study: this one's, and those of fragility.py."""
     parser = run.make_parser(doc)
     flag = parser.add_argument
-    flag("--budgets", type=run.number(float, 1, 1e30), nargs="+", help="FLOPs")
+    flag("--budgets", type=run.number(float, 1, 1e30), nargs="+",
+         help="FLOPs (default: by device; with --plot-only: all that there are)")
     flag("--widths", type=run.number(int, 1, 65536), nargs="+", help="(default: around the best)")
     flag("--seeds", type=run.number(int, 0, 2**63 - 1), nargs="+", default=[0])
     flag("--jobs", type=run.COUNT, help="runs at a time (default: one a core, or all GPUs)")
@@ -691,7 +694,8 @@ def main():
     if args.dry_run:
         return
     failed = [spec for spec in specs if find(spec, rows) is None]
-    kept = [row for row in rows if not args.budgets or row["flops_budget"] in args.budgets]
+    chosen = args.budgets if args.plot_only else None
+    kept = [row for row in rows if not chosen or row["flops_budget"] in chosen]
     used = [row for row in kept if by_the_rules(row)]
     if len(used) < len(kept):
         print(f"{path}: {len(kept) - len(used)} runs of other batches, learning rates or flags are "

@@ -75,7 +75,7 @@ def whole_sequences(batch, tokens):
 
 
 def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=None, shuffle=1,
-             span=1, schedule="linear"):
+             span=1):
     """Return the settings of a run, a dict with the keys of SETTINGS, as its row will have them.
 
     lr and batch (tokens): the tuned ones, unless given. corpora: as load_corpora returns them.
@@ -94,7 +94,7 @@ def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=No
             "flops_budget": float(flops), "width": width, "heads": config.heads, "seed": seed,
             "lr": lr or train.LEARNING_RATE[tokenizer], "batch_tokens": batch_tokens,
             "context_bytes": args.context, "context_tokens": tokens, "shuffle": shuffle,
-            "span": span, "schedule": "" if objective == "ar" else schedule,
+            "span": span, "schedule": "" if objective == "ar" else "linear",
             "corpus": corpus.name, "sha256": corpus.meta["sha256"]}
 
 
@@ -146,7 +146,6 @@ def label(spec):
             f"-c{exact(spec['flops_budget'])}-t{spec['context_bytes']}-b{spec['batch_tokens']}"
             f"-lr{exact(spec['lr'])}-s{spec['seed']}")
     name += "".join(f"-{key}{spec[key]}" for key in ("shuffle", "span") if spec[key] > 1)
-    name += f"-{spec['schedule']}" if spec["schedule"] not in ("", "linear") else ""
     return name if spec["corpus"] == "pysrc" else f"{name}-{spec['corpus']}"
 
 
@@ -160,8 +159,6 @@ def command(spec, args, out):
     if spec["tokenizer"] == "bpe":
         flags["vocab"] = spec["vocab_size"]
     flags |= {key: spec[key] for key in ("shuffle", "span") if spec[key] > 1}
-    if spec["schedule"] not in ("", "linear"):
-        flags["schedule"] = spec["schedule"]
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     return [*(launcher if args.nproc > 1 else []), script, *words]
 
@@ -578,7 +575,7 @@ def report(budgets, C, found, gaps):
 # -----------------------------------------------------------------------------------------------
 # The figures.
 
-def draw(path, shape, size, paint, legend_columns=4, sharex=True, xscale="log"):
+def draw(path, shape, size, paint, legend_columns=4):
     """Call paint(axes) on a figure of shape (rows, columns) of panels, and write it to path.
 
     size: in inches, 120 pixels each. All labels go into one legend below the panels.
@@ -586,11 +583,11 @@ def draw(path, shape, size, paint, legend_columns=4, sharex=True, xscale="log"):
     # Imported here, since it is slow to import.
     from matplotlib.figure import Figure
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(*shape, sharex=sharex, sharey=True, squeeze=False)
+    axes = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
     paint(axes)
     labels = {}
     for ax in axes.flat:
-        ax.set_xscale(xscale)
+        ax.set_xscale("log")
         ax.grid(alpha=0.3)
         for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
             labels.setdefault(name, handle)

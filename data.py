@@ -428,24 +428,33 @@ def prepare(folder, key, write, *arguments):
 
 
 @contextlib.contextmanager
-def locked_cache():
-    """Let one process at a time fill the cache: others wait until the block or the process ends."""
-    CACHE.mkdir(parents=True, exist_ok=True)
+def locked(folder):
+    """Let one process at a time write into a folder: others wait until the block or it ends."""
     if fcntl is None:
         yield
         return
-    descriptor = os.open(CACHE, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         # A file system without locks does without.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        CACHE.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        # Bad input leaves nothing behind: if nothing is in it, it goes.
-        with contextlib.suppress(OSError):
-            CACHE.rmdir()
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked_cache():
+    """Let one process at a time fill the cache, which is made if need be."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with locked(CACHE):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        finally:
+            # Bad input leaves nothing behind: if nothing is in it, it goes.
+            with contextlib.suppress(OSError):
+                CACHE.rmdir()
 
 
 @dataclass

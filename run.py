@@ -218,9 +218,14 @@ def bytes_needed(flops, width, tokenizer, vocab_size, context_bytes):
     return flops / flops_per_token(config) * length
 
 
+def whole_sequences(tokens, context):
+    """Return the number of sequences of a context in a batch of about so many tokens."""
+    return max(1, round(tokens / context))
+
+
 def count_steps(args, default_batch, config):
     """Return the batch in sequences, and how many steps of it the budget pays for."""
-    batch = max(1, round((args.batch or default_batch) / config.context))
+    batch = whole_sequences(args.batch or default_batch, config.context)
     steps = int(args.flops // (flops_per_token(config) * batch * config.context))
     if steps < 1:
         raise InputError(f"--flops {args.flops:g} does not pay for one step of {batch} sequences: "

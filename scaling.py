@@ -8,7 +8,6 @@
 Each run is one command of train_ar.py or train_mdm.py. A finished run is a row of results/runs.csv,
 and everything below is computed from those rows.
 """
-import contextlib
 import csv
 import ctypes
 import itertools
@@ -69,11 +68,6 @@ def bracket(objective, flops, count=4):
     return sorted(nearest[:count])
 
 
-def whole_sequences(batch, tokens):
-    """Return the tokens in a batch of about batch tokens, in sequences of so many tokens."""
-    return tokens * max(1, round(batch / tokens))
-
-
 def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=None, shuffle=1,
              span=1):
     """Return the settings of a run, a dict with the keys of SETTINGS, as its row will have them.
@@ -85,7 +79,8 @@ def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=No
     corpus, train = corpora[tokenizer], TRAIN[objective]
     tokens = corpus.tokens(args.context)
     config = Config(corpus.tokenizer.vocab_size, tokens, width)
-    batch_tokens = whole_sequences(batch or train.batch_tokens(flops, tokenizer), tokens)
+    batch = batch or train.batch_tokens(flops, tokenizer)
+    batch_tokens = tokens * run.whole_sequences(batch, tokens)
     if flops < flops_per_token(config) * batch_tokens:
         raise InputError(f"{exact(flops)} FLOPs do not pay for one step of "
                          f"{CONFIGURATIONS[configuration]} at width {width}: raise --budgets, or "
@@ -233,26 +228,10 @@ def write_rows(path, rows):
     run.write_csv(path, columns, [[row.get(key) for key in columns] for row in rows])
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Make other sweeps wait that want to write into the folder, where the system has locks."""
-    if run.fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems have no locks.
-        with contextlib.suppress(OSError):
-            run.fcntl.flock(descriptor, run.fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def add_row(path, row):
     """Add a row to what the table holds now: another sweep may have added its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent):
+    with data.locked(path.parent):
         lines, rows, _ = read_table(path)
         if find(row, rows) is None:
             write_rows(path, [*lines, row])
@@ -414,9 +393,9 @@ def train_missing(specs, path, args, folder):
 
 def by_the_rules(row):
     """Return whether a run has today's batch and learning rate, and nothing that others study."""
-    train = TRAIN[row["objective"]]
+    train, tokens = TRAIN[row["objective"]], row["context_tokens"]
     batch = train.batch_tokens(row["flops_budget"], row["tokenizer"])
-    return (row["batch_tokens"] == whole_sequences(batch, row["context_tokens"])
+    return (row["batch_tokens"] == tokens * run.whole_sequences(batch, tokens)
             and row["lr"] == train.LEARNING_RATE[row["tokenizer"]]
             and row["shuffle"] == row["span"] == 1 and row["schedule"] in ("", "linear"))
 
@@ -639,9 +618,9 @@ def paint_frontiers(axes, budgets, C, found):
            title="dots: IsoFLOP minima (triangles: not bracketed); bands: 90%")
 
 
-def paint_gap(axes, found):
+def paint_gap(axes, direct):
     ax = axes[0, 0]
-    for objective, (budgets, bits, _, _) in gaps_without_law(found).items():
+    for objective, (budgets, bits, _, _) in direct.items():
         low, high = np.quantile(bits[1:], (0.05, 0.95), axis=0, method="nearest")
         ax.errorbar(budgets, bits[0], (bits[0] - low, high - bits[0]), fmt="o-", capsize=3,
                     color=COLORS[objective, "byte"], label=f"{objective.upper()}; bars: 90%")
@@ -654,8 +633,8 @@ def plot(out, budgets, C, found):
     if any("laws" in one for one in found.values()):
         draw(out / "frontier.png", (1, 1), (7.5, 5),
              lambda axes: paint_frontiers(axes, budgets, C, found))
-    if gaps_without_law(found):
-        draw(out / "gap.png", (1, 1), (7.5, 4.5), lambda axes: paint_gap(axes, found))
+    if direct := gaps_without_law(found):
+        draw(out / "gap.png", (1, 1), (7.5, 4.5), lambda axes: paint_gap(axes, direct))
     print(f"\nfigures: {out}")
 
 

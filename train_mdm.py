@@ -59,7 +59,7 @@ def corrupt(ids, special_id, generator, schedule="linear", span=1):
     # Times are spread evenly over the batch, and each is uniform by itself.
     u = torch.arange(B, dtype=torch.float64) / B
     u = (u + torch.rand(1, generator=generator, dtype=torch.float64)) % 1               # (B,)
-    k = (spans * rate(u)).ceil().clamp(1, spans)                                          # (B,)
+    k = (spans * rate(u)).ceil().clamp(1, spans)                                        # (B,)
     probability = inverse(k / spans) - inverse((k - 1) / spans)
     weight = 1 / (k * probability)
 

@@ -219,8 +219,12 @@ def bytes_needed(flops, width, tokenizer, vocab_size, context_bytes):
 
 
 def whole_sequences(tokens, context):
-    """Return the number of sequences of a context in a batch of about so many tokens."""
-    return max(1, round(tokens / context))
+    """Return the number of sequences of a context in a batch of about so many tokens.
+
+    From 64 up it is a multiple of 8, which splits well over GPUs and into pieces.
+    """
+    count = max(1, round(tokens / context))
+    return count if count < 64 else 8 * round(count / 8)
 
 
 def count_steps(args, default_batch, config):

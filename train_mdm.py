@@ -30,8 +30,8 @@ VAL_BYTES = 2**20                                         # of validation text, 
 
 
 def batch_tokens(flops, tokenizer):
-    """Return the tokens in a batch of a run of this budget."""
-    return BATCH[tokenizer] * (flops / 1e12) ** 0.3
+    """Return the tokens in a batch of a run of this budget: more only beyond the study's budgets."""
+    return BATCH[tokenizer] * max(1, flops / 3e14) ** 0.3
 
 
 # -----------------------------------------------------------------------------------------------

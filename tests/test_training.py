@@ -133,6 +133,15 @@ def test_the_default_folder_and_settings_follow_from_the_budget(workplace):
         found = [run.default_width(flops, script.WIDTH) for flops in (1e9, 3e12, 1e18)]
         assert found == widths
         assert script.batch_tokens(1e12, "bpe") == script.BATCH["bpe"]
+    # AR's batch grows as C^0.3; MDM's only from 3e14 on.
+    assert train_ar.batch_tokens(1e14, "byte") == pytest.approx(512 * 100**0.3)
+    assert train_mdm.batch_tokens(3e14, "byte") == 512
+    assert train_mdm.batch_tokens(3e17, "byte") == pytest.approx(512 * 1000**0.3)
+
+
+def test_a_large_batch_is_a_multiple_of_eight_sequences():
+    wanted = {1: 1, 7: 7, 63: 63, 64: 64, 67: 64, 251: 248, 563: 560, 1123: 1120}
+    assert {count: run.whole_sequences(count * 160, 160) for count in wanted} == wanted
 
 
 def test_shuffle_span_and_schedule_are_applied(workplace):

@@ -30,7 +30,7 @@ VAL_BYTES = 2**20                                         # of validation text, 
 
 
 def batch_tokens(flops, tokenizer):
-    """Return the tokens in a batch of a run of this budget: more only beyond the study's budgets."""
+    """Return the tokens in a batch of a run: more only beyond the budgets of the study."""
     return BATCH[tokenizer] * max(1, flops / 3e14) ** 0.3
 
 

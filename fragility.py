@@ -27,9 +27,11 @@ import torch
 import data
 import run
 import scaling
+import sweep
 import train_ar
 from run import InputError
-from scaling import COLORS, CONFIGURATIONS, exact
+from scaling import COLORS
+from sweep import CONFIGURATIONS, exact
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64)     # bytes that are permuted; the whole sequence is added
 SPANS = (1, 2, 4, 8, 16)              # bytes that are masked together
@@ -67,9 +69,9 @@ def plan(args, corpora):
     for flops in args.budgets:
         for configuration in CONFIGURATIONS:
             corpus = corpora[configuration[1]]
-            widths = args.widths or scaling.bracket(configuration[0], flops, 1)
+            widths = args.widths or sweep.bracket(configuration[0], flops, 1)
             for level in levels(args.study, configuration, corpus, args.context):
-                specs += [scaling.settings(configuration, flops, width, seed, args, corpora,
+                specs += [sweep.settings(configuration, flops, width, seed, args, corpora,
                                            **{args.study: level})
                           for width in widths for seed in args.seeds]
     return specs
@@ -83,7 +85,7 @@ def summary(rows, flag):
     """
     groups = {}
     for row in rows:
-        key = tuple(row[name] for name in scaling.SETTINGS if name != "seed")
+        key = tuple(row[name] for name in sweep.SETTINGS if name != "seed")
         groups.setdefault(key, []).append(row)
     found = {configuration: {} for configuration in CONFIGURATIONS}
     for group in groups.values():
@@ -147,14 +149,14 @@ def intervene(args):
             raise InputError(f"--context {args.context} is not divisible by {odd[0]}, a length "
                              f"that {args.study} needs")
         args.budgets = args.budgets or [BUDGET[run.pick_device().type]]
-        specs = plan(args, scaling.load_corpora(args))
-    rows = scaling.train_missing(specs, path, args, Path("runs") / args.study)
+        specs = plan(args, sweep.load_corpora(args))
+    rows = sweep.train_missing(specs, path, args, Path("runs") / args.study)
     if args.dry_run:
         return
     shown = [row for row in rows if not args.budgets or row["flops_budget"] in args.budgets]
     if not shown:
         raise InputError(f"{path} has no finished run to show")
-    scaling.check_alike(shown, path)
+    sweep.check_alike(shown, path)
     largest = max(row["flops_budget"] for row in shown)
     shown = [row for row in shown if row["flops_budget"] == largest]
     budget, path = f"at {exact(largest)} FLOPs: bits per byte [90%]", path.with_suffix(".png")
@@ -164,7 +166,7 @@ def intervene(args):
     else:
         show(f"Spans of bytes masked together, {budget}", "bytes masked together",
              span_curves(shown), path)
-    if any(scaling.find(spec, rows) is None for spec in specs):
+    if any(sweep.find(spec, rows) is None for spec in specs):
         sys.exit(2)
 
 
@@ -409,7 +411,7 @@ def draw_line(path, line):
 # -----------------------------------------------------------------------------------------------
 
 def main():
-    parser = scaling.study_arguments(__doc__)
+    parser = sweep.study_arguments(__doc__)
     parser.add_argument("study", choices=("shuffle", "span", "segmentation"))
     parser.add_argument("--runs", type=run.path, nargs="+",
                         help="run folders that segmentation reads (default: all of runs/gap)")

@@ -1,15 +1,14 @@
-"""The efficiency gap without a law; scaling laws, frontiers and parity; bootstrap intervals.
+"""The efficiency gap without a law; scaling laws that share one entropy; frontiers and parity.
 
-    L(N, D) = E + A / N^alpha + B / D^beta      the loss of N parameters after D tokens (Hoffmann et
-                                                al., arXiv 2203.15556)
-    L(C)    = min over N of L(N, D)             the frontier: D is what C FLOPs pay for
-    G(C)    = C_byte / C                        the gap, where L_byte(C_byte) = L_bpe(C)
+    L(N, D) = E + A / N^alpha + B / D^beta      the surface: the loss of N parameters after D tokens
+                                                (Hoffmann et al., arXiv 2203.15556)
+    L*(C)   = E + K / C^gamma                   the frontier law: the loss of the best N at C FLOPs
+    G(C)    = C_byte / C                        the gap, where L*_byte(C_byte) = L*_bpe(C)
 
-The gap is first read without a law, from the IsoFLOP minima of the budgets that were trained.
-A law is an array (E, A, B, alpha, beta). Functions take S laws at once, (S, 5): a bootstrap has
-many, and its first is the fit itself.
+The gap is first read without a law, from the IsoFLOP minima of the budgets that were trained. Laws
+come after it. All configurations of a corpus share E: an ideal model of bytes or of BPE reaches the
+same bits per byte. Functions take S samples of the losses at once; the first is what was measured.
 """
-import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,55 +16,57 @@ import numpy as np
 from model import Config, flops_per_token
 
 NAMES = ("E", "A", "B", "alpha", "beta")
-# The first grid of the search, for alpha and for beta.
-EXPONENTS = np.geomspace(0.05, 2.5, 14)
+# The exponents that are tried: of a surface, and of a frontier law.
+EXPONENTS = np.geomspace(0.03, 1.5, 30)
+GAMMAS = np.geomspace(0.003, 2, 1000)
 # The widths that a frontier chooses from.
 WIDTHS = np.geomspace(4, 65536, 150)
-RESAMPLES = 500
+SAMPLES = 400
 
 
 # -----------------------------------------------------------------------------------------------
 # Without a law: IsoFLOP minima, and what lies between them.
 
-def pooled_minima(C, N, L):
-    """Fit the losses L (n,) of all runs of a configuration, of sizes N (n,) at budgets C (n,).
+def pooled_minima(C, N, Y):
+    """Fit the losses Y (S, n) of runs of a configuration, of sizes N (n,) at budgets C (n,).
 
-    L = L*(C) + c (ln N - n0 - a ln C)^2: one curvature, one N* = exp(n0) C^a, and a minimum L* of
+    L = L*(C) + c (ln N - n0 - a ln C)^2: one curvature c, one N* = exp(n0) C^a, and a minimum L* of
     its own for each budget. Written as L = level(C) + c x^2 + (b + d t) x, with x = ln N and
-    t = ln C, it is linear. Return (budgets (K,), minima (K,), fitted losses (n,)); the minima are
-    nan if the curvature is not positive.
+    t = ln C, it is linear. Return the minima (S, K) of the K budgets, ln N* at each (S, K), the
+    curvature (S,) and the fitted losses (S, n). Without a minimum, curvature <= 0.
     """
     budgets, index = np.unique(C, return_inverse=True)
     x, t = np.log(N), np.log(C)
     x0, t0 = x.mean(), t.mean()
-    x, t = x - x0, t - t0
     levels = np.eye(len(budgets))[index]                                                # (n, K)
-    X = np.column_stack([levels, x**2, x, x * t])
-    coefficients = np.linalg.lstsq(X, L, rcond=None)[0]
-    c, b, d = coefficients[-3:]
-    # The minimum of c x^2 + (b + d t) x.
-    lowest = -(b + d * (np.log(budgets) - t0)) ** 2 / (4 * c) if c > 0 else np.nan
-    return budgets, coefficients[:-3] + lowest, X @ coefficients
+    X = np.column_stack([levels, (x - x0) ** 2, x - x0, (x - x0) * (t - t0)])
+    coefficients = np.linalg.lstsq(X, Y.T, rcond=None)[0].T                             # (S, K+3)
+    c, b, d = coefficients[:, -3:].T[..., None]                                         # (S, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        best = -(b + d * (np.log(budgets) - t0)) / (2 * c)                              # (S, K)
+    return coefficients[:, :-3] - c * best**2, x0 + best, c[:, 0], coefficients @ X.T
 
 
-def resampled_minima(C, N, L, seed, count=RESAMPLES):
-    """Return the budgets (K,) and their minima (1 + count, K): first as fitted, then resampled.
+def resample(C, N, L, seed, count=SAMPLES):
+    """Return losses (1 + count, n): L (n,) as measured, then samples of it.
 
     A sample adds to the fitted losses residuals drawn at random, so the design stays as it is. They
-    are scaled up for the K + 3 numbers that were fitted. nan if the fit has no minima; samples
-    without are drawn again.
+    are scaled up for the K + 3 numbers that were fitted. Samples without minima are drawn again.
+    None if L itself has no minima, or if there are too few runs.
     """
     rng = np.random.default_rng(seed)
-    budgets, minima, fitted = pooled_minima(C, N, L)
-    free = len(L) - len(budgets) - 3
-    residuals = (L - fitted) * np.sqrt(len(L) / max(1, free))
-    samples = [minima]
+    free = len(L) - len(set(C)) - 3
+    if free < 1:
+        return None
+    _, _, curvature, fitted = pooled_minima(C, N, L[None])
+    if curvature[0] <= 0:
+        return None
+    residuals = (L - fitted[0]) * np.sqrt(len(L) / free)
+    samples = L[None]
     while len(samples) <= count:
-        drawn = fitted + rng.choice(residuals, len(L))
-        resampled = pooled_minima(C, N, drawn)[1]
-        if np.isfinite(resampled).all() or np.isnan(minima).any():
-            samples.append(resampled)
-    return budgets, np.array(samples)
+        drawn = fitted + rng.choice(residuals, (count, len(L)))
+        samples = np.concatenate([samples, drawn[pooled_minima(C, N, drawn)[2] > 0]])
+    return samples[:count + 1]
 
 
 def interpolated_gap(byte_budgets, byte, bpe_budgets, bpe):
@@ -82,57 +83,55 @@ def interpolated_gap(byte_budgets, byte, bpe_budgets, bpe):
     return np.exp(np.array(log_c_byte) - np.log(bpe_budgets))
 
 
+def trend(C, G):
+    """Return the slope of log10 G (S, K) in log10 C (K,), by least squares: decades a decade."""
+    t = np.log10(C) - np.log10(C).mean()
+    return np.log10(G) @ t / (t**2).sum()
+
+
 # -----------------------------------------------------------------------------------------------
-# The fit.
+# One law for one configuration.
 
-def nonnegative_least_squares(gram, moment):
-    """Solve many problems in three coefficients >= 0: X'X (..., 3, 3), X'y (..., 3).
-
-    Return the coefficients (..., 3), and how much of y'y they explain (...). The solution is exact:
-    every set of coefficients that may be positive is tried.
-    """
-    best, explained = np.zeros(moment.shape), np.zeros(moment.shape[:-1])
-    for size in (1, 2, 3):
-        for chosen in map(list, itertools.combinations(range(3), size)):
-            try:
-                part = np.linalg.solve(gram[..., chosen, :][..., chosen], moment[..., chosen, None])
-            except np.linalg.LinAlgError:
-                # Two columns are equal somewhere: a smaller set does as well.
-                continue
-            full = np.zeros(moment.shape)
-            full[..., chosen] = part[..., 0]
-            share = (full * moment).sum(axis=-1)
-            better = (full >= 0).all(axis=-1) & (share > explained)
-            best = np.where(better[..., None], full, best)
-            explained = np.where(better, share, explained)
-    return best, explained
+def grid_of(values):
+    """Return all pairs of values: (len(values)^2, 2)."""
+    return np.stack(np.meshgrid(values, values), axis=-1).reshape(-1, 2)
 
 
-def fit_laws(N, D, L, weights):
-    """Fit a law for each row of weights (S, n) of the same runs N, D, L (n,). Return laws (S, 5).
+def weighted_law(N, D, L, weights):
+    """Return the law (5,) of runs N, D, L (n,) with the least weighted sum of squared errors.
 
     Variable projection: given the exponents, E, A and B are linear least squares. The exponents are
-    searched on a grid that zooms in on its best point.
+    searched on a grid that zooms in on its best point. E, A and B are not negative.
     """
-    rows = np.arange(len(weights))
     # Columns of order 1.
     N0, D0 = np.exp(np.log(N).mean()), np.exp(np.log(D).mean())
-    n, d = N / N0, D / D0
-    grids = np.meshgrid(EXPONENTS, EXPONENTS)
-    alphas, betas = (np.tile(grid.ravel(), (len(weights), 1)) for grid in grids)        # (S, G)
-    step = np.log(EXPONENTS[1] / EXPONENTS[0])
-    for _ in range(9):
-        ones = np.ones((*alphas.shape, len(n)))
-        X = np.stack([ones, n ** -alphas[..., None], d ** -betas[..., None]], axis=-1)  # (S,G,n,3)
-        WX = np.swapaxes(weights[:, None, :, None] * X, -1, -2)                         # (S,G,3,n)
-        coefficients, explained = nonnegative_least_squares(WX @ X, WX @ L)
-        best = explained.argmax(axis=1)
-        E, A, B = coefficients[rows, best].T
-        alpha, beta = alphas[rows, best], betas[rows, best]
+    root = np.sqrt(weights / weights.mean())
+    exponents = grid_of(EXPONENTS[::2])                                                 # (G, 2)
+    step = np.log(EXPONENTS[2] / EXPONENTS[0])
+    best = np.inf, None
+    for _ in range(14):
+        powers = np.stack([(N / N0) ** -exponents[:, :1], (D / D0) ** -exponents[:, 1:]], axis=-1)
+        ones = np.ones((*powers.shape[:2], 1))
+        # E is free, or zero.
+        for X, lead in ((np.concatenate([ones, powers], axis=-1), 0), (powers, 1)):
+            coefficients = np.linalg.pinv(root[:, None] * X) @ (root * L)               # (G, 2..3)
+            errors = (root * (L - (X @ coefficients[..., None])[..., 0])) ** 2          # (G, n)
+            sse = np.where((coefficients >= 0).all(axis=1), errors.sum(axis=1), np.inf)
+            g = sse.argmin()
+            if sse[g] < best[0]:
+                best = sse[g], (*np.zeros(lead), *coefficients[g], *exponents[g])
+        if best[1] is None:
+            raise ValueError("no law of this form decreases with N and with D as these runs do")
+        E, A, B, alpha, beta = best[1]
         step /= 2
-        nearby = np.exp(step * np.mgrid[-2:3, -2:3].reshape(2, -1))                     # (2, 25)
-        alphas, betas = alpha[:, None] * nearby[0], beta[:, None] * nearby[1]
-    return np.stack([E, A * N0**alpha, B * D0**beta, alpha, beta], axis=1)
+        exponents = (alpha, beta) * np.exp(step * grid_of(np.arange(-2, 3)))
+    return np.array([E, A * N0**alpha, B * D0**beta, alpha, beta])
+
+
+def surface_loss(law, N, D):
+    """Return the loss of N parameters after D tokens by a law (5,)."""
+    E, A, B, alpha, beta = law
+    return E + A * N**-alpha + B * D**-beta
 
 
 def determined(N, D):
@@ -140,13 +139,17 @@ def determined(N, D):
     return len(set(zip(N, D, strict=True))) >= 5 and len(set(N)) >= 3 and len(set(D)) >= 3
 
 
-def fit_law(N, D, L):
-    """Return dict(E=, A=, B=, alpha=, beta=): the law of runs N, D, L (n,) by least squares.
+def fit_law(N, D, L, loss="squares", delta=1e-3):
+    """Return dict(E=, A=, B=, alpha=, beta=): the law of runs N, D, L (n,).
 
-    N: parameters without embeddings, D: tokens, L: loss. E, A and B are not negative. Raises
-    ValueError for numbers that are not positive and finite, and for too few runs.
+    N: parameters without embeddings, D: tokens, L: loss. loss: "squares" of L, or "huber", which is
+    Huber's function of log L with the threshold delta (Hoffmann et al., arXiv 2203.15556), for runs
+    with outliers. E, A and B are not negative. Raises ValueError for numbers that are not positive
+    and finite, for too few runs, and for losses that do not fall with N and D.
     """
     N, D, L = (np.asarray(x, dtype=float).ravel() for x in (N, D, L))
+    if loss not in ("squares", "huber"):
+        raise ValueError(f"loss is squares or huber, not {loss}")
     if not len(N) == len(D) == len(L):
         raise ValueError(f"N, D and L differ in length: {len(N)}, {len(D)} and {len(L)}")
     if not all(np.isfinite(x).all() and (x > 0).all() for x in (N, D, L)):
@@ -154,27 +157,123 @@ def fit_law(N, D, L):
     if not determined(N, D):
         raise ValueError("a law needs five different runs, of three different N and three D: there "
                          f"are {len(set(zip(N, D, strict=True)))}, {len(set(N))} and {len(set(D))}")
-    law = fit_laws(N, D, L, np.ones((1, len(N))))[0]
+    law = weighted_law(N, D, L, np.ones(len(N)))
+    for _ in range(60 if loss == "huber" else 0):
+        # Weights that make the gradient of the squares that of Huber's function.
+        fitted = surface_loss(law, N, D)
+        r = np.log(L / fitted)
+        r = np.where(np.abs(r) < 1e-9, 1e-9, r)
+        previous, law = law, weighted_law(
+            N, D, L, np.clip(r, -delta, delta) / (fitted**2 * np.expm1(r)))
+        if np.allclose(law, previous, rtol=1e-6):
+            break
     return dict(zip(NAMES, map(float, law), strict=True))
 
 
-def bootstrap_weights(N, D, seed, count=RESAMPLES):
-    """Return how often each run is in each of count samples: (1 + count, n), the first all ones.
+# -----------------------------------------------------------------------------------------------
+# Laws that may share E. For each E of a grid the rest is fitted; E is chosen last.
 
-    Samples that do not determine a law are drawn again.
+def best_terms(X, Y, grid):
+    """Fit Y (S, n) - E for each E of a grid (K,) by the best of G sets of terms X (G, n, m).
+
+    Return the sums of squared errors (K, S), which set was best (K, S), and its coefficients
+    (K, S, m), none of them negative. The sum is inf where no set has such coefficients.
     """
-    rng, rows = np.random.default_rng(seed), [np.ones(len(N))]
-    while len(rows) <= count:
-        row = rng.multinomial(len(N), np.full(len(N), 1 / len(N)))
-        if determined(N[row > 0], D[row > 0]):
-            rows.append(row)
-    return np.array(rows, dtype=float)
+    inverse, one = np.linalg.pinv(X), np.ones((Y.shape[1], 1))
+    # By linearity the coefficients of Y - E are those of Y less E times those of 1.
+    of_Y, of_one = inverse @ Y.T, inverse @ one                                         # (G, m, S)
+    # So the sum of squared errors is a - 2 b E + c E^2.
+    a = (Y**2).sum(axis=1) - (of_Y * (np.swapaxes(X, 1, 2) @ Y.T)).sum(axis=1)          # (G, S)
+    b = Y.sum(axis=1) - (of_Y * (np.swapaxes(X, 1, 2) @ one)).sum(axis=1)               # (G, S)
+    c = len(one) - (of_one * (np.swapaxes(X, 1, 2) @ one)).sum(axis=1)                  # (G, 1)
+    # No coefficient is negative if E is between these.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        limit = of_Y / of_one
+    low = np.where(of_one < 0, limit, -np.inf).max(axis=1)                              # (G, S)
+    high = np.where(of_one > 0, limit, np.inf).min(axis=1)
+    samples = np.arange(len(Y))
+    found = []
+    for E in grid:
+        sse = np.where((low <= E) & (E <= high), a + E * (E * c - 2 * b), np.inf)       # (G, S)
+        best = sse.argmin(axis=0)                                                       # (S,)
+        coefficients = of_Y[best, :, samples] - E * of_one[best, :, 0]                  # (S, m)
+        found.append((sse[best, samples], best, coefficients))
+    return tuple(map(np.array, zip(*found, strict=True)))
+
+
+def profile_surfaces(N, D, Y, grid):
+    """Fit surfaces to losses Y (S, n) for each E of a grid (K,): their SSE (K, S), laws (K, S, 5).
+
+    The exponents are those of a grid, which is finer around those that serve any sample best.
+    """
+    N0, D0 = np.exp(np.log(N).mean()), np.exp(np.log(D).mean())
+    exponents = grid_of(EXPONENTS)                                                      # (G, 2)
+    nearby = np.exp(np.log(EXPONENTS[1] / EXPONENTS[0]) / 4 * grid_of(np.arange(-2, 3)))
+    for last in (False, True):
+        X = np.stack([(N / N0) ** -exponents[:, :1], (D / D0) ** -exponents[:, 1:]], axis=-1)
+        sse, best, AB = best_terms(X, Y, grid)
+        if not last:
+            exponents = (exponents[np.unique(best)][:, None] * nearby).reshape(-1, 2)
+    chosen = exponents[best]                                                            # (K, S, 2)
+    E = np.broadcast_to(grid[:, None, None], (*sse.shape, 1))
+    return sse, np.concatenate([E, AB * (N0, D0) ** chosen, chosen], axis=-1)
+
+
+def profile_frontiers(C, Y, grid):
+    """Fit frontier laws to losses Y (S, n) for each E of a grid (K,): (K, S), laws (K, S, 3)."""
+    C0 = np.exp(np.log(C).mean())
+    X = (C / C0)[:, None] ** -GAMMAS[:, None, None]                                     # (G, n, 1)
+    sse, best, K = best_terms(X, Y, grid)
+    gamma = GAMMAS[best]                                                                # (K, S)
+    E = np.broadcast_to(grid[:, None], sse.shape)
+    return sse, np.stack([E, K[..., 0] * C0**gamma, gamma], axis=-1)
+
+
+def joint_fit(parts, numbers):
+    """Choose E for configurations that were profiled: one for all, and one for each.
+
+    parts: {configuration: (n, SSE (K, S))}, n runs. Errors are Gaussian; each configuration has a
+    variance of its own. numbers: how many a configuration's law has besides E. Return which E is
+    the shared one (S,), which are the separate ones {configuration: (S,)}, 2 dlogL by E as measured
+    {configuration or "one E": (K,)}, and AICc of one E and of separate ones.
+    """
+    total = sum(n for n, _ in parts.values())
+    deviance = {key: n * np.log(sse / n) for key, (n, sse) in parts.items()}
+    shared = sum(deviance.values())
+    rises = {key: values[:, 0] - values[:, 0].min() for key, values in
+             (deviance | {"one E": shared}).items()}
+
+    def aicc(fitted, entropies):
+        # A variance counts, too.
+        k = len(parts) * (numbers + 1) + entropies
+        return fitted + 2 * k + 2 * k * (k + 1) / max(1, total - k - 1)
+
+    return (shared.argmin(axis=0), {key: values.argmin(axis=0) for key, values in deviance.items()},
+            rises, aicc(shared[:, 0].min(), 1),
+            aicc(sum(values[:, 0].min() for values in deviance.values()), len(parts)))
+
+
+def lack_of_fit(residuals, groups, numbers):
+    """Test residuals (n,) of a law of so many numbers against replicates.
+
+    groups: (n, 2), equal for replicates. Return (sd between replicates, their degrees of freedom,
+    F, p), nan without replicates. p is how often chance alone has a larger F, by simulation.
+    """
+    index = np.unique(groups, axis=0, return_inverse=True)[1].ravel()
+    means = np.bincount(index, residuals) / np.bincount(index)
+    pure = ((residuals - means[index]) ** 2).sum()
+    df, free = len(residuals) - len(means), len(means) - numbers
+    if df < 1 or free < 1:
+        return np.nan, df, np.nan, np.nan
+    F = ((residuals**2).sum() - pure) / free / (pure / df)
+    p = (np.random.default_rng(0).f(free, df, 10**5) > F).mean()
+    return np.sqrt(pure / df), df, F, p
 
 
 # -----------------------------------------------------------------------------------------------
 # What follows from the laws. C: budgets in FLOPs (K,), increasing.
 
-def frontier(laws, C, vocab_size, context):
+def surface_frontier(laws, C, vocab_size, context):
     """Return the lowest loss at each budget, over model widths: (S, K). context: in tokens."""
     # A Config without its integers: all widths at once, and the depths between whole ones too.
     shape = SimpleNamespace(width=WIDTHS, depth=np.maximum(2, WIDTHS / 64), context=context,
@@ -206,18 +305,3 @@ def parity(byte, bpe, C):
     log_c = np.log(C)
     met = np.exp(log_c[before] + share * (log_c[after] - log_c[before]))
     return np.where((distance <= 0).any(axis=1), met, np.inf)
-
-
-def isoflop_minimum(N, L):
-    """Fit the losses L (n,) of sizes N (n,) at one budget as a parabola in log N.
-
-    Return (N at its minimum, the minimum, the parabola as a function of log N), or None if the
-    minimum is not between the smallest and the largest N.
-    """
-    if len(set(N)) < 3:
-        return None
-    curve = np.poly1d(np.polyfit(np.log(N), L, 2))
-    lowest = -curve[1] / (2 * curve[2])
-    if curve[2] <= 0 or not np.log(min(N)) < lowest < np.log(max(N)):
-        return None
-    return np.exp(lowest), curve(lowest), curve

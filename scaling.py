@@ -1,395 +1,56 @@
-"""The study: sweep widths under FLOP budgets, fit scaling laws, plot the efficiency gap of bytes.
+"""The study: the efficiency gap of bytes, first without a law, then with laws that share one E.
 
     python scaling.py --out results/mine                        # small budgets, tables and figures
     python scaling.py --budgets 1e13 3e13 --seeds 0 1           # finished runs are not repeated
     python scaling.py --budgets 1e20 --dry-run > commands.txt   # for another scheduler
-    python scaling.py --plot-only                               # from results/runs.csv alone
+    python scaling.py --plot-only                               # from results/*.csv alone
 
-Each run is one command of train_ar.py or train_mdm.py. A finished run is a row of results/runs.csv,
-and everything below is computed from those rows.
+A finished run is a row of results/runs.csv, and everything below is computed from those rows and
+from results/baselines.csv (counting.py). Intervals are 90%, over samples of the losses.
 """
 import csv
-import ctypes
 import itertools
 import math
-import os
-import re
-import shlex
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-import data
 import laws
 import run
-import train_ar
-import train_mdm
+import sweep
 from model import Config, flops_per_token
 from run import InputError
+from sweep import CONFIGURATIONS, TRAIN, exact, short
 
 fit_law = laws.fit_law
-TRAIN = {"ar": train_ar, "mdm": train_mdm}
-CONFIGURATIONS = {("ar", "bpe"): "AR, BPE", ("ar", "byte"): "AR, bytes",
-                  ("mdm", "bpe"): "MDM, BPE", ("mdm", "byte"): "MDM, bytes"}
 # Okabe and Ito's colours, which all eyes can tell apart.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 COLORS = dict(zip(CONFIGURATIONS, ("#56B4E9", "#0072B2", "#E69F00", "#D55E00"), strict=True))
 BUDGETS = {"cpu": (2e10, 6e10, 2e11), "mps": (1e13, 3e13, 1e14),
            "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
-WIDTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1344, 1664, 2176)
+# What an objective must be better than, or its budget stays out of the fits.
+BASELINE = {"ar": "bigram", "mdm": "bag"}
+# The numbers of a configuration's law besides E; a frontier law has those of N* and the curvature.
+FORMS = {"surface": 4, "frontier law": 5}
+CUTS = ("all budgets", "past counting", "past counting, without the lowest")
+ENTROPIES = 61                         # values of E that are tried
 # No frontier is followed beyond these FLOPs.
 FAR = 1e30
-# The columns of runs.csv. SETTINGS tell runs apart: two rows of equal SETTINGS are one run.
-SETTINGS = {"objective": str, "tokenizer": str, "vocab_size": int, "flops_budget": float,
-            "width": int, "heads": int, "seed": int, "lr": float, "batch_tokens": int,
-            "context_bytes": int, "context_tokens": int, "shuffle": int, "span": int,
-            "schedule": str, "corpus": str, "sha256": str}
-RESULTS = {"steps": int, "tokens": int, "bytes": int, "params": int, "params_non_embedding": int,
-           "flops_spent": float, "val_bpb": float, "val_bpb_stderr": float, "val_bpb_span1": float,
-           "val_bpb_span1_stderr": float, "val_bytes": int, "seconds": float, "device": str,
-           "torch": str}
-COLUMNS = SETTINGS | RESULTS
-# What a row can do without: not every run has them.
-OPTIONAL = {"val_bpb_stderr", "val_bpb_span1", "val_bpb_span1_stderr", "seconds", "device", "torch"}
 
 
 # -----------------------------------------------------------------------------------------------
-# What is to be trained. A run is a dict of its SETTINGS.
-
-def bracket(objective, flops, count=4):
-    """Return the widths around the one that is expected to be best, the wider of two as near."""
-    best = run.default_width(flops, TRAIN[objective].WIDTH)
-    nearest = sorted(WIDTHS, key=lambda width: (abs(math.log(width / best)), -width))
-    return sorted(nearest[:count])
-
-
-def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=None, shuffle=1,
-             span=1):
-    """Return the settings of a run, a dict with the keys of SETTINGS, as its row will have them.
-
-    lr and batch (tokens): the tuned ones, unless given. corpora: as load_corpora returns them.
-    Raises InputError if the budget does not pay for a step.
-    """
-    objective, tokenizer = configuration
-    corpus, train = corpora[tokenizer], TRAIN[objective]
-    tokens = corpus.tokens(args.context)
-    config = Config(corpus.tokenizer.vocab_size, tokens, width)
-    batch = batch or train.batch_tokens(flops, tokenizer)
-    batch_tokens = tokens * run.whole_sequences(batch, tokens)
-    if flops < flops_per_token(config) * batch_tokens:
-        raise InputError(f"{exact(flops)} FLOPs do not pay for one step of "
-                         f"{CONFIGURATIONS[configuration]} at width {width}: raise --budgets, or "
-                         "lower --widths")
-    return {"objective": objective, "tokenizer": tokenizer, "vocab_size": config.vocab_size,
-            "flops_budget": float(flops), "width": width, "heads": config.heads, "seed": seed,
-            "lr": lr or train.LEARNING_RATE[tokenizer], "batch_tokens": batch_tokens,
-            "context_bytes": args.context, "context_tokens": tokens, "shuffle": shuffle,
-            "span": span, "schedule": "" if objective == "ar" else "linear",
-            "corpus": corpus.name, "sha256": corpus.meta["sha256"]}
-
+# The rows.
 
 def plan(args, corpora):
     """Return the runs of the study."""
-    return [settings(configuration, flops, width, seed, args, corpora)
+    return [sweep.settings(configuration, flops, width, seed, args, corpora)
             for flops in args.budgets for configuration in CONFIGURATIONS
-            for width in args.widths or bracket(configuration[0], flops) for seed in args.seeds]
+            for width in args.widths or sweep.bracket(configuration[0], flops)
+            for seed in args.seeds]
 
-
-def load_corpora(args):
-    """Return {"byte": Corpus, "bpe": Corpus} of args.data, which is changed to name its shards.
-
-    All runs read the same shards, as many as the run that reads most. A dry run reads one shard, to
-    know how many tokens a sequence has, so its sha256 is not known: None. Raises InputError for a
-    width that no model can have.
-    """
-    try:
-        needs = [run.bytes_needed(flops, width, tokenizer, args.vocab, args.context)
-                 for flops in args.budgets for objective, tokenizer in CONFIGURATIONS
-                 for width in args.widths or bracket(objective, flops)]
-    except ValueError as error:
-        raise InputError(f"--widths: {error}") from None
-    whole = data.with_shards(args.data, max(needs))
-    source = data.with_shards(args.data, 1) if args.dry_run else whole
-    corpora = {tokenizer: data.load(source, tokenizer, args.vocab) for tokenizer in ("byte", "bpe")}
-    if source != whole:
-        for corpus in corpora.values():
-            corpus.name = whole.replace(":", "-")
-            corpus.meta["sha256"] = None
-    args.data = whole
-    return corpora
-
-
-def short(text):
-    """Return a number without the signs and zeros that Python writes into exponents: "1e4"."""
-    return re.sub(r"e\+0*", "e", text)
-
-
-def exact(number):
-    """Return the shortest text that reads back as this number: "1e12"."""
-    return short(f"{number:g}" if float(f"{number:g}") == number else repr(number))
-
-
-def label(spec):
-    """Return the name of a run's folder."""
-    size = spec["vocab_size"] if spec["tokenizer"] == "bpe" else ""
-    name = (f"{spec['objective']}-{spec['tokenizer']}{size}-w{spec['width']}"
-            f"-c{exact(spec['flops_budget'])}-t{spec['context_bytes']}-b{spec['batch_tokens']}"
-            f"-lr{exact(spec['lr'])}-s{spec['seed']}")
-    name += "".join(f"-{key}{spec[key]}" for key in ("shuffle", "span") if spec[key] > 1)
-    return name if spec["corpus"] == "pysrc" else f"{name}-{spec['corpus']}"
-
-
-def command(spec, args, out):
-    """Return the run as arguments of Python."""
-    script = os.path.relpath(Path(__file__).resolve().with_name(f"train_{spec['objective']}.py"))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
-    flags = {"tokenizer": spec["tokenizer"], "flops": exact(spec["flops_budget"]),
-             "width": spec["width"], "batch": spec["batch_tokens"], "lr": exact(spec["lr"]),
-             "seed": spec["seed"], "context": spec["context_bytes"], "data": args.data, "out": out}
-    if spec["tokenizer"] == "bpe":
-        flags["vocab"] = spec["vocab_size"]
-    flags |= {key: spec[key] for key in ("shuffle", "span") if spec[key] > 1}
-    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
-    return [*(launcher if args.nproc > 1 else []), script, *words]
-
-
-# -----------------------------------------------------------------------------------------------
-# The table of finished runs. A row is a dict of SETTINGS, RESULTS, and what else its file has.
-
-def parse(line):
-    """Return the row in a line (a dict of texts). Raises ValueError if it is not a result."""
-    if None in line or (line["objective"], line["tokenizer"]) not in CONFIGURATIONS:
-        raise ValueError("it is not a run of ours")
-    row = dict(line)
-    for key, kind in COLUMNS.items():
-        try:
-            row[key] = None if key in OPTIONAL and line[key] == "" else kind(line[key])
-        except ValueError:
-            raise ValueError(f"{key} is {line[key]!r}") from None
-        smallest = 0 if key == "seed" else 1e-12
-        if kind is not str and key not in OPTIONAL and not smallest <= row[key] <= 1e40:
-            raise ValueError(f"{key} is {line[key]}")
-    return row
-
-
-def read_table(path):
-    """Return (lines, rows, faults) of a runs.csv, all empty if there is none.
-
-    lines: all that it holds, as dicts of texts. rows: the runs, each once. faults: texts about
-    lines that are no row. Raises InputError if the file is not such a table.
-    """
-    lines, rows, faults, seen = [], [], [], {}
-    if not path.exists():
-        return lines, rows, faults
-    try:
-        with open(path, newline="") as file:
-            table = csv.DictReader(file, restval="")
-            numbered = [(table.line_num, line) for line in table]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a table of runs: {error}") from None
-    if missing := [key for key in COLUMNS if key not in (table.fieldnames or ())]:
-        raise InputError(f"{path} is not a table of runs: it has no column {missing[0]}")
-    for number, line in numbered:
-        lines.append(line)
-        try:
-            row = parse(line)
-        except ValueError as error:
-            faults.append(f"{path}, line {number}, is left out: {error}")
-            continue
-        first = seen.setdefault(settings_of(row), number)
-        if first == number:
-            rows.append(row)
-        else:
-            faults.append(f"{path}, line {number}, is left out: line {first} is the same run")
-    return lines, rows, faults
-
-
-def settings_of(row):
-    return tuple(row[key] for key in SETTINGS)
-
-
-def read_rows(path):
-    """Return the rows of a runs.csv, [] if there is none. Name the lines that are no row."""
-    _, rows, faults = read_table(path)
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    return rows
-
-
-def write_rows(path, rows):
-    """Write rows as a runs.csv, with all the columns that they have."""
-    columns = [key for key in dict.fromkeys(itertools.chain(COLUMNS, *rows)) if key is not None]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run.write_csv(path, columns, [[row.get(key) for key in columns] for row in rows])
-
-
-def add_row(path, row):
-    """Add a row to what the table holds now: another sweep may have added its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with data.locked(path.parent):
-        lines, rows, _ = read_table(path)
-        if find(row, rows) is None:
-            write_rows(path, [*lines, row])
-
-
-def find(spec, rows):
-    """Return the row of the run with these settings, or None. A setting of None fits all."""
-    wanted = {key: spec[key] for key in SETTINGS if spec[key] is not None}
-    return next((row for row in rows if all(row[key] == wanted[key] for key in wanted)), None)
-
-
-def finished(spec, out):
-    """Return the row of the result in a run folder, or None if it has no result of this run."""
-    try:
-        result = run.read(out / "result.json")
-        if result is None:
-            return None
-        texts = {key: "" if result.get(key) is None else str(result[key]) for key in COLUMNS}
-        texts["corpus"] = result["corpus"]["name"]
-        texts["sha256"] = result["corpus"].get("sha256")
-        return find(spec, [parse(texts)])
-    except ValueError:
-        # Corrupt, or not finite.
-        return None
-
-
-def check_alike(rows, path):
-    """Raise InputError if the rows of a table are of different texts, contexts or vocabularies."""
-    bpe = [row for row in rows if row["tokenizer"] == "bpe"]
-    for column, group in (("sha256", rows), ("context_bytes", rows), ("vocab_size", bpe)):
-        kinds = {str(row[column])[:12] for row in group if row[column] is not None}
-        if len(kinds) > 1:
-            raise InputError(f"{path} would mix runs of different {column} "
-                             f"({', '.join(sorted(kinds))}): take another --out")
-
-
-# -----------------------------------------------------------------------------------------------
-# The sweep.
-
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent():
-    """Ask Linux to send SIGTERM to this process when its parent ends, however it ends."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def launch(spec, args, out, slot, jobs):
-    """Start a run on GPUs of its own, or on its part of the CPU cores.
-
-    Return its process, and the byte of output.txt at which its output begins.
-    """
-    threads = max(1, (os.cpu_count() or 1) // (jobs * args.nproc))
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    if gpus := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        visible = visible.split(",")[:gpus]
-        own = [visible[(slot * args.nproc + i) % gpus] for i in range(args.nproc)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "output.txt", "ab") as output:
-        begin = output.tell()
-        process = subprocess.Popen([sys.executable, *command(spec, args, out)], env=environment,
-                                   stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   preexec_fn=end_with_parent if LIBC else None)
-    return process, begin
-
-
-def explain(status, output, begin):
-    """Return in one line why a run failed that ended with this status."""
-    if status < 0:
-        return f"killed by signal {-status}" + (" (out of memory?)" if status == -9 else "")
-    try:
-        text = output.read_bytes()[begin:].decode(errors="replace")
-    except OSError:
-        text = ""
-    # Our own errors, or the last line of a traceback.
-    if errors := re.findall(r"error: .+|^[\w.]+Error: .+", text, re.MULTILINE):
-        return errors[-1].removeprefix("error: ").strip()
-    if status == 0:
-        return f"{output.parent} has no result of this run: was it removed?"
-    return f"ended with status {status}: see {output}"
-
-
-def sweep(specs, path, args, folder):
-    """Train runs, the cheap ones first, args.jobs at a time. Each becomes a row of path as it ends.
-
-    Return a line for each run that failed. However this ends, no run is left behind.
-    """
-    jobs = args.jobs or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // args.nproc)
-    waiting = sorted(specs, key=lambda spec: spec["flops_budget"])
-    free, active, failures, done = list(range(jobs)), {}, [], 0
-    try:
-        while waiting or active:
-            while waiting and free:
-                spec, slot = waiting.pop(0), free.pop(0)
-                out = folder / label(spec)
-                process, begin = launch(spec, args, out, slot, jobs)
-                active[process] = spec, out, slot, begin
-            time.sleep(0.2)
-            for process in [process for process in active if process.poll() is not None]:
-                spec, out, slot, begin = active.pop(process)
-                free.append(slot)
-                row = finished(spec, out) if process.returncode == 0 else None
-                if row:
-                    add_row(path, row)
-                else:
-                    reason = explain(process.returncode, out / "output.txt", begin)
-                    failures.append(f"failed: {out.name}: {reason}")
-                done += 1
-                words = f"{row['val_bpb']:.4f} bits per byte" if row else "failed"
-                print(f"{done} of {len(specs)}  {out.name}  {words}", flush=True)
-    finally:
-        for process in active:
-            process.terminate()
-        for process in active:
-            process.wait()
-    return failures
-
-
-def train_missing(specs, path, args, folder):
-    """Train the runs that the table at path lacks, each in a folder of its own inside folder.
-
-    Return the rows of the table then. With --dry-run print the commands instead; with --plot-only
-    do nothing. Runs that failed are named on stderr.
-    """
-    rows = read_rows(path)
-    if args.plot_only:
-        return rows
-    check_alike(rows + specs, path)
-    if 0 < torch.cuda.device_count() < args.nproc:
-        raise InputError(f"--nproc {args.nproc}: there are {torch.cuda.device_count()} GPUs")
-    # Each once, as --seeds 0 0 would have them twice.
-    specs = list({settings_of(spec): spec for spec in specs}.values())
-    missing = []
-    for spec in specs:
-        # A run may have finished without this sweep, by a line of --dry-run.
-        row = find(spec, rows) or finished(spec, folder / label(spec))
-        if row is None:
-            missing.append(spec)
-        elif row not in rows and not args.dry_run:
-            add_row(path, row)
-    flops = sum(spec["flops_budget"] for spec in missing)
-    note = f"{len(missing)} of {len(specs)} runs to train, {flops:.2g} FLOPs"
-    if args.dry_run:
-        for spec in missing:
-            print("python " + shlex.join(command(spec, args, folder / label(spec))))
-        print(note, file=sys.stderr)
-        return rows
-    print(note, flush=True)
-    for failure in sweep(missing, path, args, folder):
-        print(failure, file=sys.stderr)
-    return read_table(path)[1]
-
-
-# -----------------------------------------------------------------------------------------------
-# The analysis.
 
 def by_the_rules(row):
     """Return whether a run has today's batch and learning rate, and nothing that others study."""
@@ -400,63 +61,194 @@ def by_the_rules(row):
             and row["shuffle"] == row["span"] == 1 and row["schedule"] in ("", "linear"))
 
 
-def analyse(rows):
-    """Find minima and laws. Return (budgets, C, found, gaps); a bootstrap begins with the fit.
+def read_baselines(path, row):
+    """Return {(tokenizer, baseline): bits per byte} for the text of a row; {} without the file."""
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        return {(line["tokenizer"], line["baseline"]): float(line["val_bpb"])
+                for line in csv.DictReader(file) if line["sha256"] == row["sha256"]
+                and int(line["context_bytes"]) == row["context_bytes"]}
 
-    C: budgets of the frontiers (K,). found: {configuration: dict of N, D, L (n,), curves {budget:
-    (N, L, IsoFLOP minimum)} and, if its runs determine them, minima (budgets (J,), (1 + S, J)),
-    laws (1 + S, 5) and frontier (1 + S, K)}. gaps: {objective: dict of bits, compute (1 + S, K) and
-    parity (1 + S,)}, from the laws.
+
+def analyse(rows, baselines):
+    """Return {configuration: its runs and their minima}, without what has no IsoFLOP minima.
+
+    C, N, D, L (n,) are the runs. samples (S, n): their losses, first as measured. budgets (K,).
+    minima, best (S, K): the lowest loss, and ln N* where it is. curvature (S,). leveled (S, n): the
+    losses less what a run's N costs it. passed (K,): whether the minimum is below the baseline.
     """
-    rows = sorted(rows, key=settings_of)
-    budgets = np.array(sorted({row["flops_budget"] for row in rows}))
-    C = np.unique(np.concatenate([np.geomspace(budgets[0] / 3, FAR, 200), budgets]))
-    found, gaps = {}, {}
+    found = {}
     for seed, configuration in enumerate(CONFIGURATIONS):
-        own = [row for row in rows if (row["objective"], row["tokenizer"]) == configuration]
+        own = [row for row in sorted(rows, key=sweep.settings_of)
+               if (row["objective"], row["tokenizer"]) == configuration]
         if not own:
             continue
-        N, D, L, at = (np.array([row[key] for row in own], dtype=float) for key in
-                       ("params_non_embedding", "tokens", "val_bpb", "flops_budget"))
-        curves = {}
-        for budget in sorted(set(at)):
-            n, loss = N[at == budget], L[at == budget]
-            curves[budget] = n, loss, laws.isoflop_minimum(n, loss)
-        one = found[configuration] = {"N": N, "D": D, "L": L, "curves": curves}
-        if len(N) > len(curves) + 3 and any(fit for _, _, fit in curves.values()):
-            minima = laws.resampled_minima(at, N, L, seed)
-            if np.isfinite(minima[1]).all():
-                one["minima"] = minima
-        if len(N) >= 6 and len(curves) >= 2 and laws.determined(N, D):
-            one["laws"] = laws.fit_laws(N, D, L, laws.bootstrap_weights(N, D, seed))
-            shape = own[0]["vocab_size"], own[0]["context_tokens"]
-            one["frontier"] = laws.frontier(one["laws"], C, *shape)
-    fitted = {key: one["frontier"] for key, one in found.items() if "laws" in one}
-    for objective in TRAIN:
-        if {(objective, "byte"), (objective, "bpe")} <= set(fitted):
-            byte, bpe = fitted[objective, "byte"], fitted[objective, "bpe"]
-            seen = C >= budgets[0]
-            gaps[objective] = {"bits": byte - bpe, "compute": laws.gap(byte, bpe, C),
-                               "parity": laws.parity(byte[:, seen], bpe[:, seen], C[seen])}
-    return budgets, C, found, gaps
+        C, N, D, L, nbytes = (np.array([row[key] for row in own], dtype=float) for key in (
+            "flops_budget", "params_non_embedding", "tokens", "val_bpb", "bytes"))
+        samples = laws.resample(C, N, L, seed)
+        if samples is None:
+            continue
+        minima, best, curvature, _ = laws.pooled_minima(C, N, samples)
+        budgets, index = np.unique(C, return_inverse=True)
+        leveled = samples - curvature[:, None] * (np.log(N) - best[:, index]) ** 2
+        baseline = baselines.get((configuration[1], BASELINE[configuration[0]]), math.inf)
+        found[configuration] = SimpleNamespace(
+            C=C, N=N, D=D, L=L, samples=samples, budgets=budgets, minima=minima, best=best,
+            curvature=curvature, leveled=leveled, passed=minima[0] < baseline,
+            groups=np.stack([C, N], axis=1), bytes_per_token=nbytes.sum() / D.sum(),
+            vocab_size=own[0]["vocab_size"], context=own[0]["context_tokens"])
+    return found
 
+
+# -----------------------------------------------------------------------------------------------
+# The gap without a law.
 
 def gaps_without_law(found):
-    """Return {objective: (budgets (K,), bits lost (1 + S, K), G (1 + S, K), the largest budget)}.
+    """Return {objective: its gap} where both of its configurations have minima.
 
-    Read from the minima of the budgets that both of its configurations were trained at.
+    budgets (K,): those of both. bits (S, K): bits per byte lost. G (S, K): inf where bytes do not
+    reach BPE within the largest budget, top.
     """
     gaps = {}
     for objective in TRAIN:
-        pair = [found.get((objective, tokenizer), {}) for tokenizer in ("byte", "bpe")]
-        if not all("minima" in one for one in pair):
+        byte, bpe = (found.get((objective, tokenizer)) for tokenizer in ("byte", "bpe"))
+        if byte is None or bpe is None:
             continue
-        (byte_budgets, byte), (bpe_budgets, bpe) = (one["minima"] for one in pair)
-        both = np.intersect1d(byte_budgets, bpe_budgets)
-        bits = byte[:, np.isin(byte_budgets, both)] - bpe[:, np.isin(bpe_budgets, both)]
-        compute = laws.interpolated_gap(byte_budgets, byte, bpe_budgets, bpe)
-        gaps[objective] = both, bits, compute[:, np.isin(bpe_budgets, both)], byte_budgets[-1]
+        both = np.intersect1d(byte.budgets, bpe.budgets)
+        chosen = np.isin(bpe.budgets, both)
+        bits = byte.minima[:, np.isin(byte.budgets, both)] - bpe.minima[:, chosen]
+        G = laws.interpolated_gap(byte.budgets, byte.minima, bpe.budgets, bpe.minima)[:, chosen]
+        gaps[objective] = SimpleNamespace(budgets=both, bits=bits, G=G, top=byte.budgets[-1])
     return gaps
+
+
+def trend_of(gap, lowest):
+    """Return the trend of log10 G a decade from a budget on (S,), or None below two budgets.
+
+    Only budgets with G as measured count. A sample that bytes do not reach is taken at the bound.
+    """
+    solid = np.isfinite(gap.G[0]) & (gap.budgets >= lowest)
+    if solid.sum() < 2:
+        return None
+    C = gap.budgets[solid]
+    return laws.trend(C, np.minimum(gap.G[:, solid], gap.top / C))
+
+
+def flops_per_byte(one, log_n):
+    """Return training FLOPs per byte of text at ln N, between the widths that there are."""
+    shapes = [Config(one.vocab_size, one.context, width) for width in sweep.WIDTHS]
+    N = [16 * shape.width**2 * shape.depth for shape in shapes]
+    cost = [flops_per_token(shape) / one.bytes_per_token for shape in shapes]
+    return math.exp(np.interp(log_n, np.log(N), np.log(cost)))
+
+
+def take_apart(found, objective, C, G):
+    """Return the three factors of G: FLOPs per byte of text at equal size, model size, and text."""
+    byte, bpe = found[objective, "byte"], found[objective, "bpe"]
+    own = bpe.best[0, np.searchsorted(bpe.budgets, C)]
+    slope, start = np.polyfit(np.log(byte.budgets), byte.best[0], 1)
+    other = start + slope * math.log(C * G)
+    at_equal_size = flops_per_byte(byte, own) / flops_per_byte(bpe, own)
+    by_size = flops_per_byte(byte, other) / flops_per_byte(byte, own)
+    return at_equal_size, by_size, G / at_equal_size / by_size
+
+
+# -----------------------------------------------------------------------------------------------
+# Laws.
+
+def choose(found, cut):
+    """Return {configuration: which of its runs a cut keeps (n,)}, of those that determine a law."""
+    lowest = min((one.budgets[0] for one in found.values()), default=0)
+    chosen = {}
+    for key, one in found.items():
+        kept = one.budgets if cut == CUTS[0] else one.budgets[one.passed]
+        mask = np.isin(one.C, kept[kept > lowest] if cut == CUTS[2] else kept)
+        if mask.sum() > 5 and len(set(one.C[mask])) > 1 and laws.determined(one.N[mask],
+                                                                            one.D[mask]):
+            chosen[key] = mask
+    return chosen
+
+
+def fit(form, found, chosen, samples=None):
+    """Fit a law of a form to the chosen runs of each configuration, with one E and with separate E.
+
+    Return its grid of E, which E is best (one (S,), separate {configuration: (S,)}), 2 dlogL by E,
+    both AICc, and curve(configuration, which E, C): the frontier (S, len(C)). None if no law fits.
+    """
+    grid = np.linspace(0, min((one.L.min() for one in found.values()), default=0), ENTROPIES)
+    parts, profiles = {}, {}
+    for key, mask in chosen.items():
+        one = found[key]
+        if form == "surface":
+            sse, profiles[key] = laws.profile_surfaces(one.N[mask], one.D[mask],
+                                                       one.samples[:samples, mask], grid)
+        else:
+            sse, profiles[key] = laws.profile_frontiers(one.C[mask], one.leveled[:samples, mask],
+                                                        grid)
+        if np.isfinite(sse).any(axis=0).all():
+            parts[key] = mask.sum(), sse
+    if not parts:
+        return None
+
+    def law(key, which):
+        return profiles[key][which, np.arange(len(which))]
+
+    def curve(key, which, C):
+        found_law, one = law(key, which), found[key]
+        if form == "surface":
+            return laws.surface_frontier(found_law, C, one.vocab_size, one.context)
+        E, K, gamma = found_law.T[..., None]
+        return E + K * C**-gamma
+
+    def residuals(key, which):
+        first, one, mask = law(key, which)[0], found[key], chosen[key]
+        if form == "surface":
+            return one.L[mask] - laws.surface_loss(first, one.N[mask], one.D[mask])
+        return one.leveled[0, mask] - first[0] - first[1] * one.C[mask] ** -first[2]
+
+    one, separate, rises, aicc_one, aicc_separate = laws.joint_fit(parts, FORMS[form])
+    return SimpleNamespace(grid=grid, one=one, separate=separate, rises=rises, aicc_one=aicc_one,
+                           aicc_separate=aicc_separate, curve=curve, residuals=residuals,
+                           runs=sum(n for n, _ in parts.values()), keys=list(parts))
+
+
+def extrapolate(law, objective, C):
+    """Return G (S, len(C)) and parity (S,) of an objective, by a law with one E; None without."""
+    keys = (objective, "byte"), (objective, "bpe")
+    if not set(keys) <= set(law.keys):
+        return None
+    byte, bpe = (law.curve(key, law.one, C) for key in keys)
+    return laws.gap(byte, bpe, C), laws.parity(byte, bpe, C)
+
+
+def predictions(found):
+    """Fit up to each budget, from the third on, and predict the minima of the next one.
+
+    Return a list of (form, "one E" or "separate E", last budget, next budget, {configuration:
+    (predicted, measured)}).
+    """
+    budgets = sorted(set().union(*(one.budgets for one in found.values())))
+    every = choose(found, CUTS[0])
+    made = []
+    for last, following in itertools.pairwise(budgets[2:]):
+        known = {key: found[key].C <= last for key in every}
+        known = {key: mask for key, mask in known.items() if len(set(found[key].C[mask])) > 2}
+        for form in FORMS:
+            law = fit(form, found, known, samples=1) if known else None
+            if law is None:
+                continue
+            for name in ("one E", "separate E"):
+                pairs = {}
+                for key in law.keys:
+                    which = law.one if name == "one E" else law.separate[key]
+                    at = np.flatnonzero(found[key].budgets == following)
+                    if len(at):
+                        predicted = law.curve(key, which, np.array([following]))[0, 0]
+                        pairs[key] = predicted, found[key].minima[0, at[0]]
+                if pairs:
+                    made.append((form, name, last, following, pairs))
+    return made
 
 
 # -----------------------------------------------------------------------------------------------
@@ -475,86 +267,163 @@ def interval(values, digits=3, far="never"):
     return f"{text(values[0])} [{text(low)}, {text(high)}]"
 
 
+def signed(values):
+    """Return a number that may be negative, with its 90% interval and standard deviation."""
+    low, high = np.quantile(values[1:], (0.05, 0.95))
+    return f"{values[0]:+.2f} [{low:+.2f}, {high:+.2f}], sd {values[1:].std():.2f}"
+
+
 def print_table(title, columns, rows):
     print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         print(f"| {' | '.join(row)} |")
 
 
-def law_row(configuration, one):
-    E, A, B, alpha, beta = one["laws"][0]
-    residuals = one["L"] - E - A * one["N"] ** -alpha - B * one["D"] ** -beta
-    return [CONFIGURATIONS[configuration], str(len(residuals)), *map(interval, one["laws"].T),
-            f"{np.sqrt(np.mean(residuals**2)):.3f}"]
+def report_gaps(found, gaps):
+    """Print the gap without a law, its trend, and what G is made of."""
+    if not gaps:
+        return
+    rows, trends, factors = [], [], []
+    for objective, gap in gaps.items():
+        for k, budget in enumerate(gap.budgets):
+            bound = f"above {int(gap.top / budget)}" if gap.top > budget else ""
+            G = interval(gap.G[:, k], far=bound).replace(f"{bound} [{bound}, {bound}]", bound)
+            rows.append([objective.upper(), exact(budget), interval(gap.bits[:, k]), G])
+            if np.isfinite(gap.G[0, k]):
+                parts = take_apart(found, objective, budget, gap.G[0, k])
+                factors.append([objective.upper(), exact(budget),
+                                *(f"{part:.3g}" for part in (gap.G[0, k], *parts))])
+        for lowest in gap.budgets[:2]:
+            values = trend_of(gap, lowest)
+            if values is not None:
+                trends.append([objective.upper(), exact(lowest), signed(values)])
+    print_table("The gap of bytes without a law, from IsoFLOP minima with one curvature a "
+                f"configuration; [90% of {laws.SAMPLES} samples of residuals]",
+                ["objective", "FLOPs of BPE", "bits per byte lost", "G"], rows)
+    if trends:
+        print_table("Trend of log10 G a decade", ["objective", "from", "trend [90%]"], trends)
+    if factors:
+        print_table("G taken apart: G = FLOPs per byte at equal size x larger model x more text",
+                    ["objective", "FLOPs of BPE", "G", "FLOPs per byte", "larger model",
+                     "more text"], factors)
 
 
-def minimum(curve):
-    """Return the minimum of an IsoFLOP curve in words. curve: (N, L, its parabola), or None."""
-    if curve is None:
-        return ""
-    _, L, fit = curve
-    if fit is None:
-        return f"{min(L):.3f} (not bracketed)"
-    return short(f"{fit[1]:.3f} ({fit[0]:.2g})")
+def report_lowest(rows):
+    """Print the lowest loss that was seen at each budget, and its width."""
+    budgets = sorted({row["flops_budget"] for row in rows})
+    best = {}
+    for row in sorted(rows, key=lambda row: -row["val_bpb"]):
+        best[row["objective"], row["tokenizer"], row["flops_budget"]] = row
+    cells = {key: [best.get((*key, budget)) for budget in budgets] for key in CONFIGURATIONS}
+    print_table("Lowest bits per byte seen (width)", ["configuration", *map(exact, budgets)],
+                [[CONFIGURATIONS[key], *(f"{row['val_bpb']:.3f} ({row['width']})" if row else ""
+                                         for row in own)] for key, own in cells.items()])
 
 
-def gap_rows(objective, gap, budgets, C, top):
-    """Return a row for each budget. top: the largest budget of the byte model."""
+def report_minima(found):
+    budgets = sorted(set().union(*(one.budgets for one in found.values())))
     rows = []
-    for budget, k in zip(budgets, np.searchsorted(C, budgets), strict=True):
-        bits, compute = interval(gap["bits"][:, k]), interval(gap["compute"][:, k])
-        extrapolated = " (extrapolated)" if gap["compute"][0, k] * budget > top else ""
-        rows.append([objective.upper(), exact(budget), bits, compute + extrapolated])
-    return rows
+    for key, one in found.items():
+        cells = dict.fromkeys(budgets, "")
+        for k, budget in enumerate(one.budgets):
+            mark = "" if one.passed[k] else " *"
+            cells[budget] = short(f"{one.minima[0, k]:.3f} ({math.exp(one.best[0, k]):.2g})") + mark
+        rows.append([CONFIGURATIONS[key], *cells.values()])
+    print_table("IsoFLOP minima: bits per byte (parameters without embeddings); * counting does as "
+                "well", ["configuration", *map(exact, budgets)], rows)
 
 
-def direct_rows(objective, budgets, bits, compute, top):
-    """Return a row for each budget, of what gaps_without_law returns."""
+def report_entropies(laws_found):
+    """Print E and AICc of all laws, with one E and with separate ones."""
+    if not laws_found:
+        return
     rows = []
-    for k, budget in enumerate(budgets):
-        bound = f"above {int(top / budget)}" if top > budget else ""
-        G = interval(compute[:, k], far=bound).replace(f"{bound} [{bound}, {bound}]", bound)
-        rows.append([objective.upper(), exact(budget), interval(bits[:, k]), G])
-    return rows
+    for (form, cut), law in laws_found.items():
+        own = [interval(law.grid[law.separate[key]], 2) if key in law.keys else ""
+               for key in CONFIGURATIONS]
+        rows.append([form, cut, str(law.runs), interval(law.grid[law.one], 2), *own,
+                     f"{law.aicc_one:.1f}", f"{law.aicc_separate:.1f}"])
+    print_table("One E, or one for each; the lower AICc is preferred",
+                ["law", "budgets", "runs", "one E", *CONFIGURATIONS.values(), "AICc, one E",
+                 "AICc, separate"], rows)
 
 
-def report(budgets, C, found, gaps):
-    """Print the gap without a law, then the laws, the IsoFLOP minima, their gap and parity."""
-    if direct := gaps_without_law(found):
-        print_table("The gap of bytes without a law, from IsoFLOP minima with one curvature a "
-                    f"configuration; [90% of {laws.RESAMPLES} samples of residuals]",
-                    ["objective", "FLOPs of BPE", "bits per byte lost", "G"],
-                    [row for item in direct.items() for row in direct_rows(item[0], *item[1])])
-    fitted = {key: one for key, one in found.items() if "laws" in one}
-    if fitted:
-        print_table("Laws of bits per byte, E + A / N^alpha + B / D^beta, N without embeddings, D "
-                    f"in tokens; [90% of {laws.RESAMPLES} bootstrap samples]",
-                    ["configuration", "runs", *laws.NAMES, "rms of residuals"],
-                    [law_row(*item) for item in fitted.items()])
-    if lacking := [name for key, name in CONFIGURATIONS.items() if key not in fitted]:
-        print(f"\nno law for {'; '.join(lacking)}: that takes six runs, of two budgets, three "
-              "widths and three numbers of tokens")
-    print_table("IsoFLOP minima: bits per byte (parameters without embeddings)",
-                ["configuration", *map(exact, budgets)],
-                [[CONFIGURATIONS[key], *(minimum(one["curves"].get(budget)) for budget in budgets)]
-                 for key, one in found.items()])
-    if gaps:
-        top = {objective: max(found[objective, "byte"]["curves"]) for objective in gaps}
-        print_table("The gap by the laws, in bits per byte at equal compute, and in compute at "
-                    "equal bits per byte", ["objective", "FLOPs of BPE", "gap in bits", "gap G"],
-                    [row for objective, gap in gaps.items()
-                     for row in gap_rows(objective, gap, budgets, C, top[objective])])
-        print_table(f"Parity of the frontiers, extrapolated up to {exact(FAR)} FLOPs",
-                    ["objective", "FLOPs at parity", "samples without parity"],
-                    [[objective.upper(), interval(gap["parity"], 2),
-                      f"{np.isinf(gap['parity'][1:]).mean():.0%}"]
-                     for objective, gap in gaps.items()])
+def verdict(parities):
+    """Return what all parities (S,) agree on in 95% of their samples, or "undecided"."""
+    never = [np.isinf(values[1:]).mean() for values in parities]
+    if min(never) >= 0.95:
+        return f"not below {exact(FAR)}"
+    low, high = np.quantile([values[1:] for values in parities], (0.05, 0.95), method="nearest")
+    return short(f"{low:.0e} to {high:.0e}") if high < 1e4 * low else "undecided"
+
+
+def report_extrapolations(laws_found, budgets):
+    """Print what the laws with one E say of G, its trend and parity."""
+    C = np.geomspace(budgets[0], FAR, 400)
+    far = budgets[-1]
+    rows, parities = [], {}
+    for (form, cut), law in laws_found.items():
+        for objective in TRAIN:
+            if (both := extrapolate(law, objective, C)) is None:
+                continue
+            G, parity = both
+            # The budgets around the last decade that was trained.
+            at = np.searchsorted(C, (far / 10, far))
+            slope = laws.trend(C[at], np.minimum(G[:, at], FAR))
+            rows.append([objective.upper(), form, cut, interval(G[:, at[0]]), signed(slope),
+                         interval(parity, 2), f"{np.isinf(parity[1:]).mean():.0%}"])
+            parities.setdefault(objective, []).append(parity)
+    if rows:
+        rows.sort(key=lambda row: row[0])
+        print_table(f"Extrapolated by laws with one E, up to {exact(FAR)} FLOPs",
+                    ["objective", "law", "budgets", f"G at {exact(far / 10)}",
+                     "trend of log10 G from there to " + exact(far), "FLOPs at parity",
+                     "samples without"], rows)
+        for objective, values in parities.items():
+            print(f"\nparity of {objective.upper()}, by all of these laws: {verdict(values)}")
+
+
+def report_predictions(made):
+    rows = []
+    for form, name, last, following, pairs in made:
+        errors = np.array([predicted - measured for predicted, measured in pairs.values()])
+        bits = []
+        for objective in TRAIN:
+            own = [pairs.get((objective, tokenizer)) for tokenizer in ("byte", "bpe")]
+            both = np.subtract(*own) if None not in own else None
+            bits.append("" if both is None else f"{both[0]:.3f} ({both[1]:.3f})")
+        rows.append([form, name, exact(last), exact(following),
+                     f"{np.sqrt((errors**2).mean()):.3f}", *bits])
+    if rows:
+        print_table("Left out and predicted: bits per byte",
+                    ["law", "E", "fitted up to", "predicted at", "rms error of minima",
+                     "AR bits lost (measured)", "MDM bits lost (measured)"], rows)
+
+
+def report_residuals(found, laws_found):
+    """Print how the laws of all budgets with one E fit, beside the spread of seeds."""
+    rows = []
+    for key, name in CONFIGURATIONS.items():
+        cells = []
+        for form, numbers in FORMS.items():
+            law = laws_found.get((form, CUTS[0]))
+            if law is None or key not in law.keys:
+                continue
+            residuals = law.residuals(key, law.one)
+            sd, df, F, p = laws.lack_of_fit(residuals, found[key].groups, numbers)
+            cells += [f"{np.sqrt((residuals**2).mean()):.3f}", f"{F:.1f}", f"{p:.3f}"]
+        if cells:
+            rows.append([name, str(len(found[key].L)), f"{sd:.3f} ({df})", *cells])
+    if rows:
+        print_table("Residuals in bits per byte, all budgets, one E; F against replicates",
+                    ["configuration", "runs", "sd of seeds (df)", "surface: rms", "F", "p",
+                     "frontier law: rms", "F", "p"], rows)
 
 
 # -----------------------------------------------------------------------------------------------
 # The figures.
 
-def draw(path, shape, size, paint, legend_columns=4):
+def draw(path, shape, size, paint, legend_columns=4, share="all", log=True):
     """Call paint(axes) on a figure of shape (rows, columns) of panels, and write it to path.
 
     size: in inches, 120 pixels each. All labels go into one legend below the panels.
@@ -562,11 +431,12 @@ def draw(path, shape, size, paint, legend_columns=4):
     # Imported here, since it is slow to import.
     from matplotlib.figure import Figure
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(*shape, sharex=share, sharey=share, squeeze=False)
     paint(axes)
     labels = {}
     for ax in axes.flat:
-        ax.set_xscale("log")
+        if log and ax.has_data():
+            ax.set_xscale("log")
         ax.grid(alpha=0.3)
         for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
             labels.setdefault(name, handle)
@@ -577,111 +447,187 @@ def draw(path, shape, size, paint, legend_columns=4):
     run.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def paint_isoflops(axes, found):
-    budgets = sorted({budget for one in found.values() for budget in one["curves"]})
+def paint_isoflops(axes, rows, found, baselines):
+    budgets = sorted({row["flops_budget"] for row in rows})
     colors = dict(zip(budgets, itertools.cycle(OKABE_ITO), strict=False))
-    for (configuration, title), ax in zip(CONFIGURATIONS.items(), axes.flat, strict=True):
+    for (key, title), ax in zip(CONFIGURATIONS.items(), axes.flat, strict=True):
         ax.set(title=title)
-        curves = found[configuration]["curves"] if configuration in found else {}
-        for budget, (N, L, fit) in curves.items():
-            ax.plot(N, L, "o", color=colors[budget], markersize=4, label=f"{exact(budget)} FLOPs")
-            if fit:
-                x = np.geomspace(min(N), max(N))
-                ax.plot(x, fit[2](np.log(x)), color=colors[budget], linewidth=1)
-                ax.plot(fit[0], fit[1], "*", color=colors[budget], markersize=12,
-                        markeredgecolor="black")
+        one = found.get(key)
+        for budget in budgets:
+            own = [row for row in rows if (row["objective"], row["tokenizer"],
+                                           row["flops_budget"]) == (*key, budget)]
+            k = np.flatnonzero(one.budgets == budget)[:1] if one else ()
+            # Grey: counting does as well.
+            grey = len(k) > 0 and not one.passed[k[0]]
+            color = "0.6" if grey else colors[budget]
+            ax.plot([row["params_non_embedding"] for row in own], [row["val_bpb"] for row in own],
+                    "o", color=color, markersize=4, label=f"{exact(budget)} FLOPs")
+            if len(k):
+                paint_parabola(ax, one, k[0], color)
+        for name, style in (("unigram", ":"), (BASELINE[key[0]], "--")):
+            if value := baselines.get((key[1], name)):
+                ax.axhline(value, color="0.4", linestyle=style, lw=1, label=f"{name}, by counting")
     for ax in axes[-1]:
         ax.set(xlabel="parameters without embeddings")
     for ax in axes[:, 0]:
-        ax.set(ylabel="bits per byte (star: minimum)")
+        ax.set(ylabel="bits per byte")
 
 
-def band(ax, x, values, trained, color, label):
-    """Draw values (1 + S, K) at x (K,): solid where trained, dotted beyond, with a 90% band."""
-    low, high = np.quantile(values[1:], (0.05, 0.95), axis=0, method="nearest")
-    ax.fill_between(x, low, np.minimum(high, 1e6), color=color, alpha=0.15, linewidth=0)
-    ax.plot(x, values[0], ":", color=color, linewidth=1.5)
-    ax.plot(x[trained], values[0, trained], color=color, linewidth=2.5, label=label)
+def paint_parabola(ax, one, k, color):
+    N = one.N[one.C == one.budgets[k]]
+    x = np.geomspace(N.min(), N.max())
+    lowest, best = one.minima[0, k], one.best[0, k]
+    ax.plot(x, lowest + one.curvature[0] * (np.log(x) - best) ** 2, color=color, lw=1)
+    ax.plot(math.exp(best), lowest, "*", color=color, markersize=12, mec="black")
 
 
-def paint_frontiers(axes, budgets, C, found):
-    ax = axes[0, 0]
-    for configuration, one in found.items():
-        color, curves = COLORS[configuration], one["curves"]
-        for budget, (_, L, fit) in curves.items():
-            ax.plot(budget, fit[1] if fit else min(L), "o" if fit else "v", color=color)
-        if "laws" in one:
-            near = (C >= min(curves)) & (C <= 100 * budgets[-1])
-            band(ax, C[near], one["frontier"][:, near], C[near] <= max(curves), color,
-                 CONFIGURATIONS[configuration])
+def paint_gap(axes, gaps):
+    bits, compute = axes[0]
+    for shift, (objective, gap) in zip((0.96, 1.04), gaps.items(), strict=False):
+        style = dict(color=COLORS[objective, "byte"], capsize=3, label=f"{objective.upper()}")
+        low, high = np.quantile(gap.bits[1:], (0.05, 0.95), axis=0, method="nearest")
+        x = gap.budgets * shift
+        bits.errorbar(x, gap.bits[0], (gap.bits[0] - low, high - gap.bits[0]), fmt="o-", **style)
+        bound = gap.top / gap.budgets
+        solid = np.isfinite(gap.G[0])
+        low, high = np.quantile(np.minimum(gap.G[1:], bound), (0.05, 0.95), axis=0)
+        error = (gap.G[0] - low)[solid], (high - gap.G[0])[solid].clip(0)
+        if solid.any():
+            compute.errorbar(x[solid], gap.G[0, solid], error, fmt="o-", **style)
+        hidden = ~solid & (bound > 1.5)
+        if hidden.any():
+            compute.plot(x[hidden], bound[hidden], "^", color=style["color"], mfc="none",
+                         label=f"{objective.upper()}: at least")
+    bits.set(xlabel="training FLOPs", ylabel="bits per byte that bytes lose", ylim=(0, None))
+    if compute.has_data():
+        compute.set(xlabel="training FLOPs of BPE", yscale="log", ylim=(1, None),
+                    ylabel="G: compute that bytes need, times as much")
+
+
+def paint_frontiers(axes, found, laws_found):
+    ax, cut = axes[0, 0], CUTS[1]
+    top = max(one.budgets[-1] for one in found.values())
+    for key, one in found.items():
+        color = COLORS[key]
+        ax.plot(one.budgets[one.passed], one.minima[0, one.passed], "o", color=color)
+        ax.plot(one.budgets[~one.passed], one.minima[0, ~one.passed], "o", color=color, mfc="none")
+        C = np.geomspace(one.budgets[0], 100 * top, 60)
+        trained = C <= one.budgets[-1]
+        for form, style in zip(FORMS, ("--", "-"), strict=True):
+            law = laws_found.get((form, cut))
+            if law is None or key not in law.keys:
+                continue
+            values = law.curve(key, law.one, C)
+            low, high = np.quantile(values[1:], (0.05, 0.95), axis=0)
+            ax.fill_between(C, low, high, color=color, alpha=0.12, linewidth=0)
+            label = CONFIGURATIONS[key] if form == "frontier law" else None
+            ax.plot(C, values[0], ":", color=color, lw=1)
+            ax.plot(C[trained], values[0, trained], style, color=color, lw=2, label=label)
     ax.set(xlabel="training FLOPs (dotted: extrapolated)", ylabel="bits per byte, best width",
-           title="dots: IsoFLOP minima (triangles: not bracketed); bands: 90%")
+           title="Lines: laws with one E (full: frontier law, dashed: surface). Hollow: not fitted")
 
 
-def paint_gap(axes, direct):
-    ax = axes[0, 0]
-    for objective, (budgets, bits, _, _) in direct.items():
-        low, high = np.quantile(bits[1:], (0.05, 0.95), axis=0, method="nearest")
-        ax.errorbar(budgets, bits[0], (bits[0] - low, high - bits[0]), fmt="o-", capsize=3,
-                    color=COLORS[objective, "byte"], label=f"{objective.upper()}; bars: 90%")
-    ax.set(xlabel="training FLOPs", ylabel="bits per byte that bytes lose", ylim=(0, None))
+def paint_profiles(axes, laws_found):
+    for form, ax in zip(FORMS, axes[0], strict=True):
+        law = laws_found[form, CUTS[0]]
+        for key, rise in law.rises.items():
+            color, name = ("black", key) if key == "one E" else (COLORS[key], CONFIGURATIONS[key])
+            ax.plot(law.grid, rise, color=color, lw=3 if key == "one E" else 1.5, label=name)
+        ax.axhline(2.7, color="0.4", linestyle=":", label="90% interval")
+        ax.set(title=form, xlabel="E, bits per byte", ylim=(0, 30))
+    axes[0, 0].set(ylabel="rise of -2 log likelihood")
 
 
-def plot(out, budgets, C, found):
-    """Draw isoflops.png and, as far as there are laws and gaps, frontier.png and gap.png."""
-    draw(out / "isoflops.png", (2, 2), (7.5, 7), lambda axes: paint_isoflops(axes, found), 5)
-    if any("laws" in one for one in found.values()):
+def paint_predictions(axes, made):
+    styles = {("surface", "one E"): "s-", ("surface", "separate E"): "s:",
+              ("frontier law", "one E"): "o-", ("frontier law", "separate E"): "o:"}
+    for (key, title), ax in zip(CONFIGURATIONS.items(), axes.flat, strict=True):
+        for (form, name), style in styles.items():
+            points = [(following, measured - predicted) for f, n, _, following, pairs in made
+                      if (f, n) == (form, name) and key in pairs
+                      for predicted, measured in [pairs[key]]]
+            if points:
+                ax.plot(*zip(*points, strict=True), style, color=OKABE_ITO[form == "surface"],
+                        mfc="none" if name != "one E" else None, label=f"{form}, {name}")
+        ax.axhline(0, color="0.4", lw=1)
+        ax.set(title=title)
+    for ax in axes[:, 0]:
+        ax.set(ylabel="measured - predicted, bits")
+    for ax in axes[-1]:
+        ax.set(xlabel="FLOPs; fitted to the budgets below")
+
+
+def paint_residuals(axes, found, laws_found):
+    for form, ax in zip(FORMS, axes[0], strict=True):
+        law = laws_found[form, CUTS[0]]
+        for shift, key in zip(np.geomspace(0.85, 1.18, 4), law.keys, strict=False):
+            ax.plot(found[key].C * shift, law.residuals(key, law.one), "o", color=COLORS[key],
+                    markersize=4, mfc="none", label=CONFIGURATIONS[key])
+        ax.axhline(0, color="0.4", lw=1)
+        ax.set(title=f"{form}, one E", xlabel="training FLOPs")
+    axes[0, 0].set(ylabel="measured - fitted, bits per byte")
+
+
+def plot(out, rows, found, gaps, laws_found, made, baselines):
+    """Draw the figures that there are data for."""
+    draw(out / "isoflops.png", (2, 2), (7.5, 7),
+         lambda axes: paint_isoflops(axes, rows, found, baselines))
+    if gaps:
+        draw(out / "gap.png", (1, 2), (7.5, 4), lambda axes: paint_gap(axes, gaps), share="none")
+    if laws_found:
         draw(out / "frontier.png", (1, 1), (7.5, 5),
-             lambda axes: paint_frontiers(axes, budgets, C, found))
-    if direct := gaps_without_law(found):
-        draw(out / "gap.png", (1, 1), (7.5, 4.5), lambda axes: paint_gap(axes, direct))
+             lambda axes: paint_frontiers(axes, found, laws_found))
+    if {(form, CUTS[0]) for form in FORMS} <= set(laws_found):
+        draw(out / "profile.png", (1, 2), (7.5, 4), lambda axes: paint_profiles(axes, laws_found),
+             legend_columns=3, log=False)
+        draw(out / "residuals.png", (1, 2), (7.5, 4),
+             lambda axes: paint_residuals(axes, found, laws_found))
+    if made:
+        draw(out / "predicted.png", (2, 2), (7.5, 6), lambda axes: paint_predictions(axes, made), 2)
     print(f"\nfigures: {out}")
 
 
 # -----------------------------------------------------------------------------------------------
 
-def study_arguments(doc):
-    """Return the parser of a study: this one's, and those of fragility.py."""
-    parser = run.make_parser(doc)
-    flag = parser.add_argument
-    flag("--budgets", type=run.number(float, 1, 1e30), nargs="+",
-         help="FLOPs (default: by device; with --plot-only: all that there are)")
-    flag("--widths", type=run.number(int, 1, 65536), nargs="+", help="(default: around the best)")
-    flag("--seeds", type=run.number(int, 0, 2**63 - 1), nargs="+", default=[0])
-    flag("--jobs", type=run.COUNT, help="runs at a time (default: one a core, or all GPUs)")
-    flag("--nproc", type=run.COUNT, default=1, help="processes of a run, by torchrun")
-    flag("--data", default="pysrc", help="a corpus by name, or a file or folder")
-    flag("--vocab", type=run.number(int, 257, 65536), default=4096)
-    flag("--context", type=run.number(int, 1, 2**20), default=512, help="bytes in a sequence")
-    flag("--out", type=run.path, default=Path("results"), help="folder of tables and figures")
-    flag("--dry-run", action="store_true", help="print the commands of missing runs and stop")
-    flag("--plot-only", action="store_true", help="train nothing")
-    return parser
-
-
 def main():
-    args = study_arguments(__doc__).parse_args()
+    args = sweep.study_arguments(__doc__).parse_args()
     path, specs = args.out / "runs.csv", []
     if not args.plot_only:
         cuda, mps = torch.cuda.device_count() > 0, torch.backends.mps.is_available()
         args.budgets = args.budgets or BUDGETS["cuda" if cuda else "mps" if mps else "cpu"]
-        specs = plan(args, load_corpora(args))
-    rows = train_missing(specs, path, args, Path("runs/gap"))
+        specs = plan(args, sweep.load_corpora(args))
+    rows = sweep.train_missing(specs, path, args, Path("runs/gap"))
     if args.dry_run:
         return
-    failed = [spec for spec in specs if find(spec, rows) is None]
+    failed = [spec for spec in specs if sweep.find(spec, rows) is None]
     chosen = args.budgets if args.plot_only else None
     kept = [row for row in rows if not chosen or row["flops_budget"] in chosen]
     used = [row for row in kept if by_the_rules(row)]
+    if not used:
+        raise InputError(f"{path} has no finished run to show")
+    sweep.check_alike(used, path)
     if len(used) < len(kept):
         print(f"{path}: {len(kept) - len(used)} runs of other batches, learning rates or flags are "
               "left out of the fits", file=sys.stderr)
-    if not used:
-        raise InputError(f"{path} has no finished run to show")
-    check_alike(used, path)
-    found = analyse(used)
-    report(*found)
-    plot(args.out, *found[:3])
+
+    baselines = read_baselines(args.out / "baselines.csv", used[0])
+    found = analyse(used, baselines)
+    gaps, laws_found, made = gaps_without_law(found), {}, predictions(found)
+    for form, cut in itertools.product(FORMS, CUTS):
+        if law := fit(form, found, choose(found, cut)):
+            laws_found[form, cut] = law
+    report_lowest(used)
+    if lacking := [name for key, name in CONFIGURATIONS.items() if key not in found]:
+        print(f"\nno IsoFLOP minima for {'; '.join(lacking)}: that takes three widths around the "
+              "best one, and four runs more than budgets")
+    if found:
+        report_minima(found)
+        report_gaps(found, gaps)
+        report_entropies(laws_found)
+        report_extrapolations(laws_found, sorted({row["flops_budget"] for row in used}))
+        report_predictions(made)
+        report_residuals(found, laws_found)
+    plot(args.out, used, found, gaps, laws_found, made, baselines)
     if failed:
         sys.exit(2)
 

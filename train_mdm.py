@@ -30,8 +30,9 @@ VAL_BYTES = 2**20                                         # of validation text, 
 
 
 def batch_tokens(flops, tokenizer):
-    """Return the tokens in a batch of a run: more only beyond the budgets of the study."""
-    return BATCH[tokenizer] * max(1, flops / 3e14) ** 0.3
+    """Return the tokens in a batch: for bytes it grows only beyond the budgets of the study."""
+    growth = flops / 1e12 if tokenizer == "bpe" else max(1, flops / 3e14)
+    return BATCH[tokenizer] * growth**0.3
 
 
 # -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import data
 import fragility
 import run
 import scaling
+import sweep
 import train_ar
 from bpe import Tokenizer, train_bpe
 from model import Config, Transformer
@@ -113,7 +114,7 @@ def test_a_shuffle_permutes_within_blocks_and_costs_an_untrained_model_nothing(s
 
 
 def test_the_table_shows_the_mean_over_seeds_of_the_best_width():
-    row = dict.fromkeys(scaling.SETTINGS, 0) | {"objective": "ar", "tokenizer": "byte",
+    row = dict.fromkeys(sweep.SETTINGS, 0) | {"objective": "ar", "tokenizer": "byte",
                                                 "shuffle": 4, "val_bpb_stderr": 0.1}
     runs = [(32, 0, 2.0), (32, 1, 3.0), (64, 0, 2.25), (64, 1, 2.35)]
     rows = [row | {"width": width, "seed": seed, "val_bpb": bpb} for width, seed, bpb in runs]
@@ -143,10 +144,10 @@ def test_published_tables_are_shown_without_training(tmp_path, study, figure, wo
 def sweep_here(specs, path, args, folder):
     """Train in this process, which saves the seconds that torch takes to import."""
     for spec in specs:
-        out = folder / scaling.label(spec)
-        script, *flags = scaling.command(spec, args, out)
+        out = folder / sweep.label(spec)
+        script, *flags = sweep.command(spec, args, out)
         assert here(".", Path(script).name, *flags).returncode == 0
-        scaling.add_row(path, scaling.finished(spec, out))
+        sweep.add_row(path, sweep.finished(spec, out))
     return []
 
 
@@ -159,7 +160,7 @@ def test_shuffle_and_segmentation_end_to_end(workplace, monkeypatch):
     assert len(set(planned.stdout.splitlines())) == 8, planned.stderr
     done = here(workplace, "fragility.py", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = scaling.read_rows(workplace / "why" / "shuffle.csv")
+    rows = sweep.read_rows(workplace / "why" / "shuffle.csv")
     assert len({row["val_bpb"] for row in rows}) == 8
     assert {row["shuffle"] for row in rows} == {1, 64}
     assert here(workplace, "fragility.py", *flags, "--dry-run").stdout == ""

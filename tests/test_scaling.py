@@ -1,4 +1,4 @@
-"""scaling.py: the published tables, and sweeps that are broken, killed, repeated and finished."""
+"""scaling.py and sweep.py: published tables, planted gaps, broken and killed sweeps."""
 import argparse
 import re
 import shlex
@@ -16,7 +16,9 @@ import pytest
 from conftest import ROOT, assert_one_line, command, here
 
 import scaling
+import sweep
 import train_ar
+from model import Config, flops_per_token
 
 PUBLISHED = ROOT / "results" / "runs.csv"
 TINY = ("--data", "text.txt", "--vocab", 300, "--context", 64, "--widths", 16, "--jobs", 2)
@@ -33,10 +35,19 @@ def table(tmp_path):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The finished command that shows the published table: its stdout, and the figures' folder."""
+    """The finished command that shows the published tables: its stdout, and the figures' folder."""
     folder = tmp_path_factory.mktemp("published")
     shutil.copy(PUBLISHED, folder)
+    shutil.copy(PUBLISHED.with_name("baselines.csv"), folder)
     return here(folder, "scaling.py", "--plot-only", "--out", "."), folder
+
+
+@pytest.fixture(scope="module")
+def lowest_budget(tmp_path_factory):
+    """The finished command that shows the rows of 1e12 alone, which is faster."""
+    folder = tmp_path_factory.mktemp("lowest")
+    shutil.copy(PUBLISHED, folder)
+    return here(folder, "scaling.py", "--plot-only", "--out", ".", "--budgets", "1e12")
 
 
 def fake_corpora(rows):
@@ -52,20 +63,22 @@ def fake_corpora(rows):
 # -----------------------------------------------------------------------------------------------
 # Tables and figures.
 
-def test_the_published_tables_come_out_of_the_published_runs(published):
+def test_the_report_holds_every_table_of_the_published_runs(published):
     done, folder = published
-    assert done.returncode == 0 and done.stderr == ""
-    for line in ("| AR, BPE | 22 | 0.112 [0.00, 0.948] | 7.12 [3.71, 20.7] | 8.77 [7.66, 43.0] | "
-                 "0.256 [0.144, 0.375] | 0.132 [0.115, 0.303] | 0.021 |",
-                 "| AR, bytes | 2.692 (2.5e4) | 2.360 (5.5e4) | 2.086 (1.1e5) | 1.905 (2.8e5) | "
-                 "1.742 (not bracketed) |",
-                 "| AR | 1e13 | 0.436 [0.419, 0.459] | 39.4 [21.7, 77.1] (extrapolated) |",
-                 "| MDM | 1e12 | 0.940 [0.893, 1.01] | 64.2 [46.5, 114] |",
-                 "| AR | never [never, never] | 99% |"):
-        assert line in done.stdout
+    assert done.returncode == 0, done.stderr
+    tables = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    report = (ROOT / "results" / "README.md").read_text().splitlines()
+    assert len(tables) > 40 and [line for line in tables if line not in report] == []
     assert (folder / "runs.csv").read_bytes() == PUBLISHED.read_bytes()
-    for name in ("isoflops.png", "frontier.png", "gap.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("isoflops", "frontier", "gap", "profile", "predicted", "residuals"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (ROOT / "results" / f"{name}.png").exists()
+
+
+def test_every_published_run_has_its_log_or_is_older():
+    logs = {path.stem for path in (PUBLISHED.parent / "logs").iterdir()}
+    labels = [sweep.label(row) for row in sweep.read_rows(PUBLISHED)]
+    assert logs <= set(labels) and len(logs) >= 15
 
 
 def test_intervals_in_words():
@@ -73,8 +86,9 @@ def test_intervals_in_words():
     assert scaling.interval(np.array([12345.0, 1.0, np.inf])) == "1e4 [1.00, never]"
 
 
-def test_lines_that_are_no_result_are_named_and_left_out(published, table):
-    header, first, *_ = table.read_text().splitlines()
+def test_lines_that_are_no_result_are_named_and_left_out(lowest_budget, table):
+    header, first, *others = table.read_text().splitlines()
+    count = 2 + len(others)
     columns, fields = header.split(","), first.split(",")
     broken = [("val_bpb", "nan"), ("val_bpb", "inf"), ("val_bpb", "-1"), ("flops_budget", "0"),
               ("flops_budget", "nan"), ("tokens", "many"), ("tokens", "9" * 99), ("width", ""),
@@ -85,10 +99,11 @@ def test_lines_that_are_no_result_are_named_and_left_out(published, table):
     with open(table, "a") as file:
         # The last two: a run given twice, and a line that was cut.
         file.write("\n".join([*lines, first, first[:40]]) + "\n")
-    done = here(table.parent, "scaling.py", "--plot-only", "--out", ".")
-    assert done.returncode == 0 and done.stdout == published[0].stdout
-    complaints = done.stderr.splitlines()
-    assert [int(re.search(r"line (\d+)", text)[1]) for text in complaints] == list(range(89, 100))
+    done = here(table.parent, "scaling.py", "--plot-only", "--out", ".", "--budgets", "1e12")
+    assert done.returncode == 0 and done.stdout == lowest_budget.stdout
+    complaints = [line for line in done.stderr.splitlines() if ", line " in line]
+    named = [int(re.search(r"line (\d+)", text)[1]) for text in complaints]
+    assert named == list(range(count + 1, count + 12))
     for (column, value), text in zip(broken, complaints, strict=False):
         assert column in text and value in text or value == "rnn"
     assert "line 2 is the same run" in complaints[-2]
@@ -98,54 +113,143 @@ def test_a_table_keeps_its_unknown_columns_and_broken_lines_when_a_row_is_added(
     lines = table.read_text().splitlines()
     lines = [lines[0] + ",note", *(line + ",mine" for line in lines[1:]), "ar,bpe,broken"]
     table.write_text("\n".join(lines) + "\n")
-    row = scaling.read_rows(PUBLISHED)[0]
-    scaling.add_row(table, row)
-    scaling.add_row(table, row | {"seed": 7})
+    row = sweep.read_rows(PUBLISHED)[0]
+    sweep.add_row(table, row)
+    sweep.add_row(table, row | {"seed": 7})
     after = table.read_text().splitlines()
-    assert after[:88] == lines[:88] and after[88].startswith("ar,bpe,broken,,")
-    assert len(after) == 90 and scaling.find(row | {"seed": 7}, scaling.read_rows(table))
+    assert after[:-2] == lines[:-1] and after[-2].startswith("ar,bpe,broken,,")
+    assert sweep.find(row | {"seed": 7}, sweep.read_rows(table))
 
 
 def test_sweeps_at_once_lose_no_row_of_each_other(tmp_path):
-    rows = [scaling.read_rows(PUBLISHED)[0] | {"seed": seed} for seed in range(24)]
+    rows = [sweep.read_rows(PUBLISHED)[0] | {"seed": seed} for seed in range(24)]
     path = tmp_path / "runs.csv"
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda row: scaling.add_row(path, row), rows))
-    assert all(scaling.find(row, scaling.read_rows(path)) for row in rows)
-    assert len(scaling.read_rows(path)) == 24
+        list(pool.map(lambda row: sweep.add_row(path, row), rows))
+    assert all(sweep.find(row, sweep.read_rows(path)) for row in rows)
+    assert len(sweep.read_rows(path)) == 24
 
 
 @pytest.mark.parametrize("column, value", [("sha256", "0" * 64), ("context_bytes", 128)])
 def test_runs_of_different_texts_or_contexts_are_not_mixed(table, column, value):
-    rows = scaling.read_rows(table)
-    scaling.write_rows(table, [rows[0] | {column: value}, *rows[1:]])
+    rows = sweep.read_rows(table)
+    sweep.write_rows(table, [rows[0] | {column: value}, *rows[1:]])
     done = here(table.parents[1], "scaling.py", "--plot-only")
     assert_one_line(done, f"mix runs of different {column}", "--out")
 
 
-def test_runs_with_another_learning_rate_or_batch_stay_out_of_the_fits(published, table):
-    row = scaling.read_rows(table)[0]
+def test_runs_with_another_learning_rate_or_batch_stay_out_of_the_fits(lowest_budget, table):
+    row = sweep.read_rows(table)[0]
+    assert row["flops_budget"] == 1e12
     for change in ({"lr": 0.5}, {"batch_tokens": 160}):
-        scaling.add_row(table, row | change | {"val_bpb": 9.0})
-    done = here(table.parent, "scaling.py", "--plot-only", "--out", ".")
-    assert done.stdout == published[0].stdout and "2 runs" in done.stderr
+        sweep.add_row(table, row | change | {"val_bpb": 1.0})
+    done = here(table.parent, "scaling.py", "--plot-only", "--out", ".", "--budgets", "1e12")
+    assert done.stdout == lowest_budget.stdout and "2 runs" in done.stderr
 
 
 # -----------------------------------------------------------------------------------------------
 # What is to be trained.
 
-def test_every_published_run_counts_as_done_and_no_other_setting_does():
-    rows = scaling.read_rows(PUBLISHED)
+def test_every_published_run_by_the_rules_counts_as_done_and_no_other_setting_does():
+    rows = sweep.read_rows(PUBLISHED)
     corpora, args = fake_corpora(rows), argparse.Namespace(context=512)
-    for row in rows:
+    used = [row for row in rows if scaling.by_the_rules(row)]
+    assert len(used) > 70
+    for row in used:
         configuration = row["objective"], row["tokenizer"]
-        spec = scaling.settings(configuration, row["flops_budget"], row["width"], row["seed"], args,
-                                corpora)
-        assert scaling.find(spec, rows) is row
-        for key in ("batch_tokens", "lr", "vocab_size", "context_bytes", "heads", "sha256", "seed"):
-            assert scaling.find(spec | {key: "another"}, rows) is None
-    args.budgets, args.widths, args.seeds = [1e12, 3e12], None, [0]
-    assert all(scaling.find(spec, rows) for spec in scaling.plan(args, corpora))
+        spec = sweep.settings(configuration, row["flops_budget"], row["width"], row["seed"], args,
+                              corpora)
+        assert sweep.find(spec, rows) is row
+        for key in ("lr", "vocab_size", "context_bytes", "heads", "sha256", "seed"):
+            assert sweep.find(spec | {key: "another"}, rows) is None
+    for row in rows:
+        if row not in used:
+            assert row["objective"] == "mdm" and row["flops_budget"] > 1e12
+
+
+# -----------------------------------------------------------------------------------------------
+# The analysis, on planted losses.
+
+def planted(loss):
+    """Return rows of a study: losses loss(configuration, N, D, C) with a little noise."""
+    rng, rows = np.random.default_rng(0), []
+    for configuration in sweep.CONFIGURATIONS:
+        vocab, context = (4096, 160) if configuration[1] == "bpe" else (256, 512)
+        for C in (1e12, 3e12, 1e13, 3e13, 1e14):
+            for width in sweep.bracket(configuration[0], C):
+                config = Config(vocab, context, width)
+                N, D = 16 * width**2 * config.depth, C / flops_per_token(config)
+                bpb = loss(configuration, N, D, C) + 0.003 * rng.standard_normal()
+                rows.append({"objective": configuration[0], "tokenizer": configuration[1],
+                             "vocab_size": vocab, "flops_budget": C, "width": width, "heads": 1,
+                             "seed": 0, "lr": 1, "batch_tokens": 1, "context_bytes": 512,
+                             "context_tokens": context, "shuffle": 1, "span": 1, "schedule": "",
+                             "corpus": "x", "sha256": "y", "tokens": D, "bytes": 3 * D,
+                             "params_non_embedding": N, "val_bpb": bpb})
+    return rows
+
+
+def frontier_loss(configuration, N, D, C):
+    """Bytes need 8 times the compute of BPE, at every budget. E is 0.8 for all."""
+    scale = 2.0 if configuration[0] == "ar" else 3.0
+    used = C / (8 if configuration[1] == "byte" else 1)
+    offset = np.log(N / (1e5 * (C / 1e13) ** 0.6))
+    return 0.8 + scale * (used / 1e12) ** -0.15 + 0.05 * offset**2
+
+
+def test_planted_gap_entropy_and_parity_are_found():
+    found = scaling.analyse(planted(frontier_loss), {})
+    gaps = scaling.gaps_without_law(found)
+    for gap in gaps.values():
+        solid = np.isfinite(gap.G[0])
+        # Bytes reach BPE up to an eighth of the largest budget.
+        assert (gap.budgets[solid] == [1e12, 3e12, 1e13]).all() and gap.top == 1e14
+        assert gap.G[0, solid] == pytest.approx(8, rel=0.08)
+        assert scaling.trend_of(gap, 0)[0] == pytest.approx(0, abs=0.05)
+        assert scaling.trend_of(gap, 1e13) is None
+    for cut in scaling.CUTS[:2]:
+        law = scaling.fit("frontier law", found, scaling.choose(found, cut))
+        assert law.grid[law.one[0]] == pytest.approx(0.8, abs=0.1)
+        assert law.aicc_one < law.aicc_separate
+        for objective in ("ar", "mdm"):
+            C = np.geomspace(1e12, 1e30, 200)
+            G, parity = scaling.extrapolate(law, objective, C)
+            assert np.median(G[:, C < 1e20]) == pytest.approx(8, rel=0.3)
+            assert np.isinf(parity).mean() > 0.3
+    for _, _, _, following, pairs in scaling.predictions(found):
+        assert following in (3e13, 1e14) and len(pairs) == 4
+        for predicted, measured in pairs.values():
+            assert predicted == pytest.approx(measured, abs=0.08)
+
+
+def test_G_is_the_product_of_its_parts():
+    found = scaling.analyse(planted(frontier_loss), {})
+    parts = scaling.take_apart(found, "ar", 1e13, 8.0)
+    assert np.prod(parts) == pytest.approx(8) and min(parts) > 0.5
+    # At equal size a byte costs less than a BPE token, and a token is three bytes here.
+    width = Config(256, 512, 64), Config(4096, 160, 64)
+    log_n = np.log(16 * 64**2 * 2)
+    costs = [scaling.flops_per_byte(found["ar", tokenizer], log_n) for tokenizer in ("byte", "bpe")]
+    assert costs == pytest.approx([flops_per_token(config) / 3 for config in width])
+
+
+def test_a_budget_at_which_counting_does_as_well_stays_out_of_the_fits():
+    rows = planted(frontier_loss)
+    found = scaling.analyse(rows, {("bpe", "bigram"): 2.7, ("byte", "bag"): 0.1})
+    assert found["ar", "bpe"].passed.tolist() == [False, True, True, True, True]
+    assert not found["mdm", "byte"].passed.any() and found["ar", "byte"].passed.all()
+    chosen = scaling.choose(found, "past counting")
+    assert ("mdm", "byte") not in chosen and chosen["ar", "byte"].all()
+    assert (found["ar", "bpe"].C[chosen["ar", "bpe"]] > 1e12).all()
+    without = scaling.choose(found, scaling.CUTS[2])
+    assert (found["ar", "byte"].C[without["ar", "byte"]] > 1e12).all()
+
+
+def test_a_verdict_needs_all_laws_to_agree():
+    never, one, far = np.full(101, np.inf), np.full(101, 1e20), np.geomspace(1e15, 1e25, 101)
+    assert scaling.verdict([never, never]) == "not below 1e30"
+    assert scaling.verdict([one, one]) == "1e20 to 1e20"
+    assert scaling.verdict([one, far]) == scaling.verdict([one, never]) == "undecided"
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -158,15 +262,15 @@ def test_a_dry_run_refuses_what_must_fail_later(workplace, flags, words):
 
 
 def test_each_job_gets_gpus_of_its_own(tmp_path, monkeypatch):
-    rows = scaling.read_rows(PUBLISHED)
+    rows = sweep.read_rows(PUBLISHED)
     environments = []
-    monkeypatch.setattr(scaling.torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(scaling.subprocess, "Popen",
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sweep.subprocess, "Popen",
                         lambda *_, env, **__: environments.append(env))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7")
     args = argparse.Namespace(nproc=2, data="pysrc")
     for slot in range(3):
-        scaling.launch(rows[0], args, tmp_path, slot, jobs=3)
+        sweep.launch(rows[0], args, tmp_path, slot, jobs=3)
     assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == ["2,3", "6,7", "2,3"]
 
 
@@ -181,14 +285,14 @@ def test_each_job_gets_gpus_of_its_own(tmp_path, monkeypatch):
     ("import shutil; shutil.rmtree('runs')", "was it removed?")])
 def test_a_failed_run_is_explained_by_its_own_end(tmp_path, monkeypatch, code, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scaling, "command", lambda *_: ["-c", code])
-    spec = scaling.read_rows(PUBLISHED)[0]
-    output = Path("runs") / scaling.label(spec) / "output.txt"
+    monkeypatch.setattr(sweep, "command", lambda *_: ["-c", code])
+    spec = sweep.read_rows(PUBLISHED)[0]
+    output = Path("runs") / sweep.label(spec) / "output.txt"
     output.parent.mkdir(parents=True)
     output.write_text("error: of an older try\n")
     args = argparse.Namespace(jobs=1, nproc=1)
-    failure, = scaling.sweep([spec], Path("results/runs.csv"), args, Path("runs"))
-    assert failure.startswith(f"failed: {scaling.label(spec)}: ") and words in failure
+    failure, = sweep.sweep([spec], Path("results/runs.csv"), args, Path("runs"))
+    assert failure.startswith(f"failed: {sweep.label(spec)}: ") and words in failure
     assert "older try" not in failure
 
 
@@ -206,7 +310,7 @@ def swept(workplace):
     (broken / "checkpoint.pt").write_text("nonsense")
     first = here(workplace, *flags)
     (broken / "checkpoint.pt").unlink()
-    rows = scaling.read_rows(workplace / "results" / "runs.csv")
+    rows = sweep.read_rows(workplace / "results" / "runs.csv")
     second = here(workplace, *flags)
     return workplace, broken.name, first, rows, second
 
@@ -221,7 +325,7 @@ def test_a_broken_run_is_named_and_the_others_finish(swept):
 
 def test_the_same_command_trains_only_what_is_missing(swept):
     workplace, _, _, rows, second = swept
-    after = scaling.read_rows(workplace / "results" / "runs.csv")
+    after = sweep.read_rows(workplace / "results" / "runs.csv")
     assert second.returncode == 0 and "1 of 4 runs to train" in second.stdout
     # The same seconds: not trained again.
     assert len(after) == 4 and after[:3] == rows
@@ -235,10 +339,11 @@ def test_the_same_command_trains_only_what_is_missing(swept):
 def test_too_few_runs_for_a_law_show_what_there_is(swept):
     workplace, _, _, _, second = swept
     assert second.returncode == 0 and second.stderr == ""
-    assert "no law for AR, BPE; AR, bytes; MDM, BPE; MDM, bytes: that takes" in second.stdout
-    assert second.stdout.count("(not bracketed)") == 4
+    assert "no IsoFLOP minima for AR, BPE; AR, bytes; MDM, BPE; MDM, bytes: that" in second.stdout
+    assert second.stdout.count("(16)") == 4
     assert sorted(path.name for path in (workplace / "results").iterdir()) == [
-        "isoflops.png", "runs.csv"]
+        "isoflops.png", "logs", "runs.csv"]
+    assert len(list((workplace / "results" / "logs").iterdir())) == 3
 
 
 def children(pid):

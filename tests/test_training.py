@@ -133,8 +133,9 @@ def test_the_default_folder_and_settings_follow_from_the_budget(workplace):
         found = [run.default_width(flops, script.WIDTH) for flops in (1e9, 3e12, 1e18)]
         assert found == widths
         assert script.batch_tokens(1e12, "bpe") == script.BATCH["bpe"]
-    # AR's batch grows as C^0.3; MDM's only from 3e14 on.
+    # Batches grow as C^0.3; that of MDM on bytes only from 3e14 on.
     assert train_ar.batch_tokens(1e14, "byte") == pytest.approx(512 * 100**0.3)
+    assert train_mdm.batch_tokens(1e14, "bpe") == pytest.approx(320 * 100**0.3)
     assert train_mdm.batch_tokens(3e14, "byte") == 512
     assert train_mdm.batch_tokens(3e17, "byte") == pytest.approx(512 * 1000**0.3)
 

@@ -315,7 +315,7 @@ def report_lowest(rows):
     for row in sorted(rows, key=lambda row: -row["val_bpb"]):
         best[row["objective"], row["tokenizer"], row["flops_budget"]] = row
     cells = {key: [best.get((*key, budget)) for budget in budgets] for key in CONFIGURATIONS}
-    print_table("Lowest bits per byte seen (width)", ["configuration", *map(exact, budgets)],
+    print_table("Lowest bits per byte of a run (width)", ["run", *map(exact, budgets)],
                 [[CONFIGURATIONS[key], *(f"{row['val_bpb']:.3f} ({row['width']})" if row else ""
                                          for row in own)] for key, own in cells.items()])
 
@@ -330,7 +330,7 @@ def report_minima(found):
             cells[budget] = short(f"{one.minima[0, k]:.3f} ({math.exp(one.best[0, k]):.2g})") + mark
         rows.append([CONFIGURATIONS[key], *cells.values()])
     print_table("IsoFLOP minima: bits per byte (parameters without embeddings); * counting does as "
-                "well", ["configuration", *map(exact, budgets)], rows)
+                "well", ["minimum", *map(exact, budgets)], rows)
 
 
 def report_entropies(laws_found):
@@ -461,7 +461,8 @@ def paint_isoflops(axes, rows, found, baselines):
             grey = len(k) > 0 and not one.passed[k[0]]
             color = "0.6" if grey else colors[budget]
             ax.plot([row["params_non_embedding"] for row in own], [row["val_bpb"] for row in own],
-                    "o", color=color, markersize=4, label=f"{exact(budget)} FLOPs")
+                    "o", color=color, markersize=4,
+                    label=None if grey else f"{exact(budget)} FLOPs")
             if len(k):
                 paint_parabola(ax, one, k[0], color)
         for name, style in (("unigram", ":"), (BASELINE[key[0]], "--")):

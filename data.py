@@ -70,6 +70,7 @@ SHARDS = {
            lambda i: f"c4-train.{i:05d}-of-01024.json.gz"),
     "slimpajama": (59000, 45e6, f"{HUB}/cerebras/SlimPajama-627B/resolve/main/train/",
                    lambda i: f"chunk{1 + i // 5900}/example_train_{i % 5900}.jsonl.zst")}
+NAMES = ", ".join(["pysrc", *ARCHIVES, *SHARDS])
 
 
 class InputError(ValueError):
@@ -132,11 +133,12 @@ def receive(url, path):
     except urllib.error.HTTPError as error:
         if error.code == 416:
             discard(part, f"{url}: {part.name} is longer than the file")
-        raise InputError(f"{url}: {error.code} {error.reason}: try later, or take another "
-                         "--data, such as pysrc or a path") from None
+        raise InputError(f"{url}: {error.code} {error.reason}: try later, or take another --data: "
+                         f"{NAMES}, or a path") from None
     except (OSError, http.client.HTTPException) as error:
         raise InputError(f"{url}: {getattr(error, 'reason', error)}: the same command resumes the "
-                         "download, --data PATH needs none") from None
+                         "download; without a network take --data PATH, or --data pysrc, which a "
+                         "large budget repeats") from None
     if part.stat().st_size < total:
         raise InputError(f"{url}: the connection broke; the same command resumes the download")
     published = published.strip('"').lower()
@@ -209,8 +211,7 @@ def find_files(data):
         return f"{name}-{count}", files, False
     path = Path(data)
     if not data or not (path.is_file() or path.is_dir()):
-        names = ", ".join(["pysrc", *ARCHIVES, *SHARDS])
-        raise InputError(f"--data {data}: neither {names}, nor a file or folder")
+        raise InputError(f"--data {data}: neither {NAMES}, nor a file or folder")
     files = [path]
     if path.is_dir():
         # Hidden files and folders, such as .git, are no text.

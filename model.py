@@ -132,12 +132,19 @@ class Block(nn.Module):
         return x + self.scale * self.mlp(self.mlp_norm(x))
 
 
+def has_bf16():
+    """Return whether there is a CUDA device that computes in bfloat16, not one that emulates it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Transformer(nn.Module):
     """ids (B, T) in [0, vocab_size] -> logits (B, T, vocab_size). Id vocab_size is BOS or MASK."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # Emulated, as before Ampere (T4, V100), it would be slower than float32.
+        self.bf16 = has_bf16()
         self.embedding = nn.Embedding(config.vocab_size + 1, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width)
@@ -160,7 +167,9 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + ids.size(1)
         cos, sin = self.cos[start:end], self.sin[start:end]
-        with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+        # Not with a cache: cuDNN would plan its attention anew for each length.
+        bf16 = ids.is_cuda and self.bf16 and cache is None
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
             x = self.embedding(ids)                                       # (B, T, D)
             for block in self.blocks:
                 x = block(x, cos, sin, cache)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -24,8 +25,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bpe import Tokenizer
-from data import InputError
-from model import Config, Transformer, flops_per_token, head_dim, seconds_per_call
+from data import InputError, with_shards
+from model import Config, Transformer, flops_per_token, has_bf16, head_dim, seconds_per_call
 
 try:
     import fcntl
@@ -33,7 +34,10 @@ except ImportError:
     # Windows has no such lock: there, nothing keeps two runs out of one folder.
     fcntl = None
 
-DEFAULT_FLOPS = {"cpu": 3e12, "mps": 1e14, "cuda": 1e16}          # a minute or two
+# A minute or two. A GPU without bfloat16 of its own (T4, V100) is several times slower.
+DEFAULT_FLOPS = {"cpu": 3e12, "mps": 1e14, "cuda": 1e15, "cuda without bf16": 1e14}
+TUNED_UP_TO = 3e14                                                # FLOPs of the study's runs
+PYSRC_UP_TO = 1.5e15                                              # FLOPs that read it few times
 COMPILE_FROM = {"cpu": 1e13, "mps": math.inf, "cuda": 1e15}       # FLOPs that pay for compiling
 MICRO_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}         # tokens in memory at once
 LOG_ROWS = 200                                                    # in a run, or one a minute
@@ -125,7 +129,7 @@ def arguments(doc):
     flag("--vocab", type=number(int, 257, 65536), default=4096, help="tokens in the BPE vocabulary")
     flag("--width", type=number(int, 1, 65536), help="model width (default: by the budget)")
     flag("--context", type=number(int, 1, 2**20), default=512, help="bytes of text in a sequence")
-    flag("--data", default="pysrc", help="a corpus by name, or a file or folder")
+    flag("--data", help="a corpus by name, or a file or folder (default: by the budget)")
     flag("--batch", type=COUNT, help="tokens in a batch (default: by the budget)")
     flag("--micro", type=COUNT, help="tokens in memory at once (default: by device)")
     flag("--lr", type=number(float, 1e-9, 1e3), help="peak learning rate (default: the tuned one)")
@@ -142,6 +146,12 @@ def pick_device(name=None):
     if name is None:
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         name = "cuda" if cuda else "mps" if mps else "cpu"
+        # An empty CUDA_VISIBLE_DEVICES hides a GPU on purpose.
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        first = os.environ.get("RANK", "0") == "0"
+        if name == "cpu" and first and not hidden and shutil.which("nvidia-smi"):
+            print(f"note   nvidia-smi is here, but torch (for CUDA {torch.version.cuda}) finds no "
+                  "GPU: is the driver too old for it? The CPU is used", file=sys.stderr)
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         # Before any tensor is made, or all ranks would open the first GPU.
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -182,7 +192,9 @@ def setup(args, learning_rates):
         # TF32 for what autocast leaves in float32.
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    args.flops = args.flops or DEFAULT_FLOPS[device.type]
+    slow = device.type == "cuda" and not has_bf16()
+    args.flops = args.flops or DEFAULT_FLOPS["cuda without bf16" if slow else device.type]
+    args.data = choose_data(args.data, args.flops)
     args.tuned_lr = learning_rates[args.tokenizer]
     args.lr = args.lr or args.tuned_lr
     return rank, world_size, device
@@ -204,8 +216,11 @@ def rank_zero_first(rank, world_size):
 # -----------------------------------------------------------------------------------------------
 # Before training: the size of the run, its settings, its plan.
 
-def default_width(flops, width_at_1e12):
-    """Return the default width: near the study's optimum, C^0.35; later C^(1/6), 576 at 1e18."""
+def default_width(flops, width_at_1e12=math.inf):
+    """Return the default width: near the study's optimum, C^0.35; later C^(1/6), 576 at 1e18.
+
+    From 2e14 FLOPs on it is the same for all objectives: width_at_1e12 plays no part.
+    """
     width = min(width_at_1e12 * (flops / 1e12) ** 0.35, 576 * (flops / 1e18) ** (1 / 6))
     return head_dim(width) * max(1, round(width / head_dim(width)))
 
@@ -216,6 +231,17 @@ def bytes_needed(flops, width, tokenizer, vocab_size, context_bytes):
     vocab_size = vocab_size if tokenizer == "bpe" else 256
     config = Config(vocab_size, max(1, context_bytes // length), width)
     return flops / flops_per_token(config) * length
+
+
+def choose_data(data, flops):
+    """Return --data with the number of its shards: by default pysrc, or c4 for a large budget.
+
+    The shards hold what AR on BPE reads at the default width, which reads most of large budgets. So
+    all configurations of one budget are validated on the same text.
+    """
+    if data is None:
+        data = "pysrc" if flops <= PYSRC_UP_TO else "c4"
+    return with_shards(data, bytes_needed(flops, default_width(flops), "bpe", 4096, 512))
 
 
 def whole_sequences(tokens, context):
@@ -308,6 +334,28 @@ def print_plan(settings, model, done, seconds_per_step, out):
     if seconds > 3 * 86400:
         print(f"note   this budget is for a larger machine: what this one does in an hour is "
               f"--flops {speed * 3600:.0e}", flush=True)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    for note in notes(s, epochs, model.head.weight.device, model.bf16, world_size):
+        print(f"note   {note}", flush=True)
+
+
+def notes(settings, epochs, device, bf16, world_size):
+    """Return what a user should know about a run before it starts, a line each."""
+    flops, found = settings["flops_budget"], []
+    if epochs > 4:
+        found.append("text that is read more than 4 times teaches little (arXiv 2305.16264): "
+                     f"--data {choose_data('c4', flops)} holds enough for this budget")
+    if flops > TUNED_UP_TO:
+        tuned = f"{TUNED_UP_TO:g}".replace("+", "")
+        found.append(f"beyond {tuned} FLOPs the rules for width, batch and learning rate are "
+                     "extrapolated: they were never tuned there")
+    if device.type == "cuda" and not bf16:
+        found.append("this card has no bfloat16 of its own: it trains in float32")
+    tokens = settings["batch_tokens"] // world_size
+    if device.type == "cuda" and world_size > 1 and tokens < 8192:
+        found.append(f"each GPU reads only {tokens:,} tokens a step, too few to keep it busy: take "
+                     "fewer GPUs for this run, or train several runs side by side")
+    return found
 
 
 def to_device(device, *tensors):

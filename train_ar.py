@@ -89,15 +89,14 @@ def main():
     rank, world_size, device = run.setup(args, LEARNING_RATE)
 
     # The data: sequences of the same number of bytes for both tokenizers.
-    width = args.width or run.default_width(args.flops, WIDTH)
-    needed = run.bytes_needed(args.flops, width, args.tokenizer, args.vocab, args.context)
     with run.rank_zero_first(rank, world_size):
-        corpus = data.load(data.with_shards(args.data, needed), args.tokenizer, args.vocab)
+        corpus = data.load(args.data, args.tokenizer, args.vocab)
     tokenizer, context = corpus.tokenizer, corpus.tokens(args.context)
     shuffle = corpus.shuffle_tokens(args.shuffle, context)
     train = data.Sequences(corpus.train, context, shuffle)
 
     # The run: budget, width and batch fix the number of steps.
+    width = args.width or run.default_width(args.flops, WIDTH)
     config = Config(tokenizer.vocab_size, context, width, causal=OBJECTIVE == "ar")
     batch, steps = run.count_steps(args, batch_tokens(args.flops, args.tokenizer), config)
     # A small budget gets a small validation; before the last one, 1/16 of the text is read.

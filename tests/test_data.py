@@ -366,7 +366,7 @@ def test_what_arrives_wrong_is_deleted_and_fetched_again(server, fault):
 
 def test_a_dead_mirror_is_named_with_another_way(server):
     server.plan = ["404"]
-    with pytest.raises(InputError, match=r"http://\S+: 404 .*take another --data"):
+    with pytest.raises(InputError, match=r"http://\S+: 404 .*--data: pysrc, enwik8, .*slimpajama"):
         data.load("c4:1")
 
 

@@ -7,10 +7,12 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -138,6 +140,74 @@ def test_the_default_folder_and_settings_follow_from_the_budget(workplace):
     assert train_mdm.batch_tokens(1e14, "bpe") == pytest.approx(320 * 100**0.3)
     assert train_mdm.batch_tokens(3e14, "byte") == 512
     assert train_mdm.batch_tokens(3e17, "byte") == pytest.approx(512 * 1000**0.3)
+
+
+def test_the_text_follows_from_the_budget_alone():
+    assert [run.choose_data(None, flops) for flops in (1e12, 1.5e15)] == ["pysrc", "pysrc"]
+    assert [run.choose_data(None, flops) for flops in (1.6e15, 1e16)] == ["c4:1", "c4:2"]
+    for flops in (1e16, 1e18, 1e20):
+        chosen = run.choose_data(None, flops)
+        assert chosen == run.choose_data("c4", flops)
+        shards, size = int(chosen.removeprefix("c4:")), data.SHARDS["c4"][1]
+        widths = {run.default_width(flops, script.WIDTH) for script in (train_ar, train_mdm)}
+        needs = [run.bytes_needed(flops, width, tokenizer, 4096, 512)
+                 for width in widths for tokenizer in ("byte", "bpe")]
+        assert (shards - 1) * size < 1.1 * max(needs) <= shards * size
+    assert run.choose_data("c4:7", 1e20) == "c4:7" and run.choose_data("enwik8", 1e20) == "enwik8"
+
+
+@pytest.mark.parametrize("objective, tokenizer", [("ar", "byte"), ("mdm", "bpe")])
+def test_without_a_network_a_large_budget_says_what_to_do(tmp_path, monkeypatch, objective,
+                                                          tokenizer):
+    def no_network(*arguments, **options):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", no_network)
+    done = here(tmp_path, f"train_{objective}.py", "--flops", 1e18, "--tokenizer", tokenizer)
+    assert_one_line(done, "c4-train.00000", "no network", "--data PATH", "--data pysrc")
+
+
+def test_the_plan_notes_what_a_large_budget_should_know():
+    def words(flops, epochs, kind="cpu", bf16=False, ranks=1):
+        settings = {"flops_budget": flops, "batch_tokens": 32256}
+        return run.notes(settings, epochs, torch.device(kind), bf16, ranks)
+    assert words(1e13, 3.9) == words(1e14, 0.1, "cuda", True, 2) == []
+    (repeats,) = words(1e13, 4.1)
+    assert "arXiv 2305.16264" in repeats and "--data c4:1 " in repeats
+    (untuned,) = words(4e14, 1)
+    assert "beyond 3e14 FLOPs" in untuned and "extrapolated" in untuned
+    (old_card,) = words(1e14, 1, "cuda")
+    assert "float32" in old_card
+    (idle,) = words(1e14, 1, "cuda", True, 4)
+    assert "only 8,064 tokens" in idle
+
+
+# -----------------------------------------------------------------------------------------------
+# CUDA, without a GPU.
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_card_without_bf16_of_its_own_takes_float32_and_a_smaller_budget(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(run, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    args = argparse.Namespace(device=None, width=None, seed=0, flops=None, data=None, lr=None,
+                              tokenizer="byte")
+    run.setup(args, train_ar.LEARNING_RATE)
+    assert args.flops == (1e15 if native else 1e14) and args.data == "pysrc"
+    assert model.Transformer(model.Config(width=16)).bf16 == native
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    # Hidden on purpose, as in all tests.
+    assert run.pick_device().type == "cpu" and capsys.readouterr().err == ""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.pick_device().type == "cpu"
+    assert re.fullmatch("note .*driver too old.*CPU is used\n", capsys.readouterr().err)
+    monkeypatch.setenv("RANK", "1")
+    assert run.pick_device().type == "cpu" and capsys.readouterr().err == ""
 
 
 def test_a_large_batch_is_a_multiple_of_eight_sequences():

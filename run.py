@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import gc
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import signal
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -70,8 +72,7 @@ def run_script(main):
     except (InputError, OSError) as error:
         stop(f"error: {error}", 2)
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError) or "allocate memory" in str(error)
-        if not known and not isinstance(error, torch.OutOfMemoryError):
+        if not out_of_memory(error):
             raise
         stop("error: out of memory: lower --micro (tokens in memory at once) or --width", 2)
     if dist.is_initialized():
@@ -88,6 +89,12 @@ def stop(message, status):
         # The other ranks may never answer again: don't wait for them.
         os._exit(status)
     sys.exit(status)
+
+
+def out_of_memory(error):
+    """Return whether an error says that memory ran out, on whatever device."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def number(kind, least, most):
@@ -182,9 +189,10 @@ def setup(args, learning_rates):
     except ValueError as error:
         raise InputError(f"--width: {error}") from None
     if world_size > 1:
-        # The others wait while rank 0 prepares the data, and while it validates.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        # The others wait while rank 0 prepares the data, and while it validates. They do so on the
+        # CPU: there they see it if rank 0 stops.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     if device.type == "cpu":
         # So that resuming is exact to the bit.
         torch.use_deterministic_algorithms(True)
@@ -263,7 +271,7 @@ def count_steps(args, default_batch, config):
     return batch, steps
 
 
-def split_batch(args, batch, context, rank, world_size, device):
+def split_batch(args, batch, config, rank, world_size, device):
     """Return this rank's part of a batch as (rows, repeated): slices that fit in memory.
 
     All have the same size, so that one compilation serves all, and they are as few as can be. So
@@ -272,9 +280,11 @@ def split_batch(args, batch, context, rank, world_size, device):
     """
     if batch < world_size:
         raise InputError(f"a batch of {batch} sequences is too small for {world_size} processes: "
-                         f"--batch {world_size * context} is the smallest that will do")
+                         f"--batch {world_size * config.context} is the smallest that will do")
     first, last = rank * batch // world_size, (rank + 1) * batch // world_size
-    fit = max(1, (args.micro or MICRO_TOKENS[device.type]) // context)
+    # A kernel counts fewer than 2^31 logits in 32 bits, which is faster.
+    micro = args.micro or min(MICRO_TOKENS[device.type], (2**31 - 1) // config.padded_vocab)
+    fit = max(1, micro // config.context)
     pieces = math.ceil((last - first) / fit)
     size = math.ceil((last - first) / pieces)
     parts = []
@@ -358,6 +368,21 @@ def notes(settings, epochs, device, bf16, world_size):
     return found
 
 
+def ahead(draw, steps, device):
+    """Yield (step, draw(step)) of each step, drawn by a thread while the step before is trained.
+
+    draw(step): tensors, from step alone. A CPU, which is busy with training, draws in between.
+    """
+    if device.type == "cpu":
+        yield from ((step, draw(step)) for step in steps)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        tasks = ((step, pool.submit(draw, step)) for step in steps)
+        # pairwise takes, and so starts, the next task before it gives out this one.
+        for (step, task), _ in itertools.pairwise(itertools.chain(tasks, [None])):
+            yield step, task.result()
+
+
 def to_device(device, *tensors):
     """Return tensors on the device, without waiting for it."""
     if device.type == "cuda":
@@ -380,7 +405,12 @@ def wrap(model, args, micro_batches, device, world_size):
         return seconds / count * size * len(micro_batches)
 
     def distribute(net):
-        return DistributedDataParallel(net) if world_size > 1 else net
+        if world_size == 1:
+            return net
+        # About eight buckets: one is exchanged while the next is computed. Buffers never change.
+        megabytes = max(25, 4 * model.count_params() / 8 / 2**20)
+        return DistributedDataParallel(net, bucket_cap_mb=megabytes, gradient_as_bucket_view=True,
+                                       forward_sync_buffers=False)
 
     worth_it = args.compile == "auto" and args.flops >= COMPILE_FROM[device.type]
     if args.compile == "on" or worth_it:
@@ -389,6 +419,8 @@ def wrap(model, args, micro_batches, device, world_size):
             net = distribute(torch.compile(model, dynamic=False))
             return net, measure(net, size)
         except torch._dynamo.exc.TorchDynamoException as error:
+            if out_of_memory(error):
+                raise torch.OutOfMemoryError from error
             reason = str(error).strip().splitlines()[0]
             if args.compile == "on":
                 raise InputError(f"--compile on: no compiler works here: {reason}") from None
@@ -519,6 +551,12 @@ class Log:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             self.state = saved["log"]
+        if dist.is_initialized():
+            steps = torch.tensor([self.step, -self.step], device=model.head.weight.device)
+            dist.all_reduce(steps, dist.ReduceOp.MAX)
+            if steps.sum() > 0:
+                raise InputError(f"{out} is not the same folder for all processes: it must be on a "
+                                 "disk that all machines share")
         self.losses = []
         self.bytes = self.state["bytes"]
         self.save_seconds = 0.0

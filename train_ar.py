@@ -53,14 +53,16 @@ def loss(model, ids, generator=None):
 
 
 @torch.no_grad()
-def evaluate(model, sequences, bytes_per_id, size=4):
+def evaluate(model, sequences, bytes_per_id):
     """Return the bits per byte of sequences, and their standard error (nan for one sequence).
 
-    sequences: an array of ids (N, T), read size at a time. bytes_per_id: (vocab_size,).
+    sequences: an array of ids (N, T). bytes_per_id: (vocab_size,).
     """
     device = next(model.parameters()).device
     ids = torch.from_numpy(sequences)
     inputs, weights = corrupt(ids, model.config.vocab_size)
+    # Few sequences at once are fastest on a CPU, many on a GPU.
+    size = 4 if device.type == "cpu" else max(4, 16384 // ids.size(1))
     nll = [model(inputs[i:i + size].to(device), ids[i:i + size].to(device)).cpu()
            for i in range(0, len(ids), size)]
     bits = (weights * torch.cat(nll)).sum(dim=1).double().numpy() / math.log(2)         # (N,)
@@ -105,7 +107,7 @@ def main():
     settings, out = run.describe(OBJECTIVE, args, corpus, config, batch, steps, options)
     if result := run.read(out / "result.json", settings):
         return run.print_result(result, out)
-    micro_batches = run.split_batch(args, batch, context, rank, world_size, device)
+    micro_batches = run.split_batch(args, batch, config, rank, world_size, device)
 
     # The model and its optimizer, new or as the last checkpoint has them.
     model = Transformer(config).to(device)
@@ -115,16 +117,19 @@ def main():
     run.print_plan(settings, model, log.step, seconds_per_step, out)
     log.start(seconds_per_step)
 
-    bar = tqdm(range(log.step, steps), out.name, steps, initial=log.step, disable=rank > 0,
-               mininterval=run.BAR_SECONDS)
-    for step in bar:
+    def draw(step):
+        # A batch and its corruption are pure functions of (seed, step), the same on all ranks.
+        ids = torch.from_numpy(train.batch(args.seed, step, batch))                     # (B, T)
+        generator = run.generator(args.seed, step)
+        return ids, *corrupt(ids, config.vocab_size, generator, **options)
+
+    bar = tqdm(run.ahead(draw, range(log.step, steps), device), out.name, steps, initial=log.step,
+               disable=rank > 0, mininterval=run.BAR_SECONDS)
+    for step, (ids, inputs, weights) in bar:
         lr = args.lr * lr_schedule(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
 
-        # A batch and its corruption are pure functions of (seed, step), the same on all ranks.
-        ids = torch.from_numpy(train.batch(args.seed, step, batch))                     # (B, T)
-        inputs, weights = corrupt(ids, config.vocab_size, run.generator(args.seed, step), **options)
         batch_loss = 0.0
         for rows, repeated in micro_batches:
             x, y, w = run.to_device(device, inputs[rows], ids[rows], weights[rows])

@@ -79,11 +79,11 @@ def loss(model, ids, generator, schedule="linear", span=1):
 
 
 @torch.no_grad()
-def evaluate(model, sequences, bytes_per_id, size=4, span=1, seed=0):
+def evaluate(model, sequences, bytes_per_id, span=1, seed=0):
     """Return the bits per byte of sequences, and their standard error (nan for one sequence).
 
-    sequences: an array of ids (N, T), read size at a time. bytes_per_id: (vocab_size,). The bound
-    is the same for all schedules. k is spread evenly over the sequences, in random order.
+    sequences: an array of ids (N, T). bytes_per_id: (vocab_size,). The bound is the same for all
+    schedules. k is spread evenly over the sequences, in random order.
     """
     device = next(model.parameters()).device
     # The same masks for all models, so that they can be compared.
@@ -91,6 +91,8 @@ def evaluate(model, sequences, bytes_per_id, size=4, span=1, seed=0):
     ids = torch.from_numpy(sequences)
     ids = ids[torch.randperm(len(ids), generator=generator)]
     inputs, weights = corrupt(ids, model.config.vocab_size, generator, span=span)
+    # Few sequences at once are fastest on a CPU, many on a GPU.
+    size = 4 if device.type == "cpu" else max(4, 16384 // ids.size(1))
     nll = [model(inputs[i:i + size].to(device), ids[i:i + size].to(device)).cpu()
            for i in range(0, len(ids), size)]
     bits = (weights * torch.cat(nll)).sum(dim=1).double().numpy() / math.log(2)         # (N,)
@@ -141,7 +143,7 @@ def main():
     settings, out = run.describe(OBJECTIVE, args, corpus, config, batch, steps, options)
     if result := run.read(out / "result.json", settings):
         return run.print_result(result, out)
-    micro_batches = run.split_batch(args, batch, context, rank, world_size, device)
+    micro_batches = run.split_batch(args, batch, config, rank, world_size, device)
 
     # The model and its optimizer, new or as the last checkpoint has them.
     model = Transformer(config).to(device)
@@ -151,16 +153,19 @@ def main():
     run.print_plan(settings, model, log.step, seconds_per_step, out)
     log.start(seconds_per_step)
 
-    bar = tqdm(range(log.step, steps), out.name, steps, initial=log.step, disable=rank > 0,
-               mininterval=run.BAR_SECONDS)
-    for step in bar:
+    def draw(step):
+        # A batch and its corruption are pure functions of (seed, step), the same on all ranks.
+        ids = torch.from_numpy(train.batch(args.seed, step, batch))                     # (B, T)
+        generator = run.generator(args.seed, step)
+        return ids, *corrupt(ids, config.vocab_size, generator, **options)
+
+    bar = tqdm(run.ahead(draw, range(log.step, steps), device), out.name, steps, initial=log.step,
+               disable=rank > 0, mininterval=run.BAR_SECONDS)
+    for step, (ids, inputs, weights) in bar:
         lr = args.lr * lr_schedule(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
 
-        # A batch and its corruption are pure functions of (seed, step), the same on all ranks.
-        ids = torch.from_numpy(train.batch(args.seed, step, batch))                     # (B, T)
-        inputs, weights = corrupt(ids, config.vocab_size, run.generator(args.seed, step), **options)
         batch_loss = 0.0
         for rows, repeated in micro_batches:
             x, y, w = run.to_device(device, inputs[rows], ids[rows], weights[rows])

@@ -33,7 +33,7 @@ def test_ar_evaluation_is_the_loss_in_bits_per_byte():
     net = tiny(4, 6, causal=True)
     sequences = torch.randint(4, (40, 6)).numpy()
     lengths = np.array([1, 2, 3, 10])
-    bpb, stderr = train_ar.evaluate(net, sequences, lengths, size=7)
+    bpb, stderr = train_ar.evaluate(net, sequences, lengths)
     nats = [6 * train_ar.loss(net, torch.from_numpy(ids[None])).item() for ids in sequences]
     bits = np.array(nats) / math.log(2)
     nbytes = lengths[sequences].sum(axis=1)
@@ -42,6 +42,29 @@ def test_ar_evaluation_is_the_loss_in_bits_per_byte():
     left_out = (bits.sum() - bits) / (nbytes.sum() - nbytes)
     jackknife = math.sqrt((len(bits) - 1) ** 2 / len(bits) * left_out.var(ddof=1))
     assert stderr == pytest.approx(jackknife, rel=0.05)
+
+
+class Elsewhere:
+    """A model on some accelerator, of which we note how many sequences it reads at once."""
+    config = model.Config(context=512)
+
+    def __init__(self, device):
+        self.device, self.sizes = device, []
+
+    def parameters(self):
+        return iter([torch.empty(1, device=self.device)])
+
+    def __call__(self, inputs, ids):
+        self.sizes.append(len(ids))
+        return torch.zeros(ids.shape)
+
+
+@pytest.mark.parametrize("train", [train_ar, train_mdm])
+def test_an_accelerator_evaluates_more_sequences_at_once(train):
+    for device, sizes in (("cpu", [4] * 10), ("meta", [32, 8])):
+        net = Elsewhere(device)
+        train.evaluate(net, np.zeros((40, 512), dtype=int), np.ones(256))
+        assert net.sizes == sizes
 
 
 @pytest.mark.parametrize("train", [train_ar, train_mdm])

@@ -3,6 +3,7 @@ import argparse
 import csv
 import difflib
 import json
+import math
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -229,17 +231,27 @@ def test_shuffle_span_and_schedule_are_applied(workplace):
 
 
 @pytest.mark.parametrize("sequences", [2, 7, 31, 251, 563, 1123])
-@pytest.mark.parametrize("fit", [2, 16, 128])
-def test_a_batch_is_read_in_equal_pieces_as_few_as_fit(sequences, fit):
-    args = argparse.Namespace(micro=fit * 64)
+@pytest.mark.parametrize("context", [160, 512])
+@pytest.mark.parametrize("micro", [8192, 65536, 262144])
+def test_a_batch_is_read_in_equal_pieces_as_few_as_fit(sequences, context, micro):
+    args, config = argparse.Namespace(micro=micro), model.Config(context=context)
     read = []
     for rank in (0, 1):
-        parts = run.split_batch(args, sequences, 64, rank, 2, torch.device("cpu"))
+        parts = run.split_batch(args, sequences, config, rank, 2, torch.device("cpu"))
         sizes = {rows.stop - rows.start for rows, _ in parts}
-        own = (rank + 1) * sequences // 2 - rank * sequences // 2
+        own, fit = (rank + 1) * sequences // 2 - rank * sequences // 2, micro // context
         assert len(sizes) == 1 and max(sizes) <= fit and len(parts) == -(-own // fit)
         read += [i for rows, repeated in parts for i in range(rows.start + repeated, rows.stop)]
     assert read == list(range(sequences))
+
+
+def test_a_gpu_reads_fewer_than_2_to_the_31_logits_at_once():
+    for vocab_size, tokens in ((256, 65536), (4096, 65536), (65536, 32256)):
+        config = model.Config(vocab_size, 512)
+        ((rows, _), *_) = run.split_batch(argparse.Namespace(micro=None), 10**6, config, 0, 1,
+                                          torch.device("cuda"))
+        assert tokens - 512 < (rows.stop - rows.start) * 512 <= tokens
+        assert (rows.stop - rows.start) * 512 * vocab_size < 2**31
 
 
 @pytest.mark.parametrize("micro", [64, 640])
@@ -254,6 +266,34 @@ def test_a_batch_in_pieces_trains_as_one(workplace, micro):
         assert result_of(whole)["val_bpb"] == pytest.approx(result_of(parts)["val_bpb"], rel=1e-3)
         a, b = weights_of(whole), weights_of(parts)
         assert all(torch.allclose(a[name], b[name], atol=2e-2) for name in a)
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_batches_drawn_ahead_train_to_the_same_bits(workplace, monkeypatch, objective):
+    train(workplace, objective, f"between-{objective}", "--flops", 2e9)
+    ahead, threads = run.ahead, set()
+
+    def on_a_gpu(draw, steps, device):
+        def noted(step):
+            threads.add(threading.current_thread().name)
+            return draw(step)
+        return ahead(noted, steps, torch.device("cuda"))
+    monkeypatch.setattr(run, "ahead", on_a_gpu)
+    done = train(workplace, objective, f"ahead-{objective}", "--flops", 2e9)
+    assert done.returncode == 0 and threads and threading.main_thread().name not in threads
+    a, b = (workplace / f"{name}-{objective}" for name in ("between", "ahead"))
+    assert same_bits(weights_of(a), weights_of(b)) and log_of(a) == log_of(b)
+
+
+def test_one_batch_is_drawn_ahead_and_none_beyond_the_end():
+    drawn, last_drawn = [], []
+    for step, value in run.ahead(lambda step: drawn.append(step) or 10 * step, range(3, 7),
+                                 torch.device("cuda")):
+        assert value == 10 * step
+        time.sleep(0.05)
+        last_drawn.append(drawn[-1])
+    assert drawn == [3, 4, 5, 6] and last_drawn == [4, 5, 6, 6]
+    assert list(run.ahead(drawn.append, range(7, 7), torch.device("cuda"))) == []
 
 
 # -----------------------------------------------------------------------------------------------
@@ -469,6 +509,17 @@ def test_without_a_compiler_a_run_is_not_compiled(workplace, tmp_path):
     assert_one_line(forced, "--compile on: no compiler works here")
 
 
+def test_memory_that_runs_out_while_compiling_is_not_a_lack_of_a_compiler(workplace, monkeypatch):
+    class Full:
+        def __call__(self, *arguments):
+            reason = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise torch._dynamo.exc.BackendCompilerFailed("inductor", reason, None)
+    monkeypatch.setattr(torch, "compile", lambda net, dynamic: Full())
+    monkeypatch.setitem(run.COMPILE_FROM, "cpu", 0)
+    done = train(workplace, "ar", "too-full", "--flops", 2e9)
+    assert_one_line(done, "out of memory: lower --micro")
+
+
 def test_compiled_training_is_one_graph_and_the_same_training(workplace):
     logs = os.environ | {"TORCH_LOGS": "graph_breaks,recompiles", "OMP_NUM_THREADS": "2"}
     for out, mode in (("compiled", "on"), ("compiled-again", "on"), ("not-compiled", "off")):
@@ -634,6 +685,49 @@ def test_a_run_of_two_processes_is_finished_by_one(workplace):
     done = here(workplace, "train_ar.py", *arguments, "--out", "moved")
     assert done.returncode == 0 and "of them done" in done.stdout
     assert_same_run(workplace / "unmoved", workplace / "moved")
+
+
+def test_two_processes_compile_to_one_graph(workplace):
+    """DDP stands outside of what is compiled."""
+    code = ("import functools, torch, run, train_mdm; "
+            "torch.compile = functools.partial(torch.compile, backend='aot_eager'); "
+            "run.run_script(train_mdm.main)")
+    (workplace / "traced.py").write_text(code)
+    done = torchrun(workplace, 2, workplace / "traced.py", *PARALLEL, "--flops", 3e8, "--compile",
+                    "on", "--out", "traced", "--micro", 64,
+                    env=os.environ | {"PYTHONPATH": str(ROOT),
+                                      "TORCH_LOGS": "graph_breaks,recompiles,dynamo"})
+    assert done.returncode == 0, done.stderr
+    assert "torchdynamo" in done.stderr
+    assert not re.search("graph break|recompil|Warning", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("width, buckets", [(64, 1), (576, 8), (1216, 8)])
+def test_gradients_are_exchanged_in_about_eight_buckets(monkeypatch, width, buckets):
+    given = {}
+    monkeypatch.setattr(run, "DistributedDataParallel", lambda net, **how: given.update(how) or net)
+    with torch.device("meta"):
+        net = model.Transformer(model.Config(width=width))
+    run.wrap(net, argparse.Namespace(compile="off"), [(slice(0, 1), 0)], torch.device("meta"), 2)
+    exact = 4 * net.count_params() / 2**20 / given.pop("bucket_cap_mb")
+    assert math.ceil(exact) == buckets
+    assert given == {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
+
+
+def test_processes_that_resume_at_different_steps_are_told_so(tmp_path, monkeypatch):
+    """A second machine without the disk of the first begins at step 0."""
+    monkeypatch.setattr(run.dist, "is_initialized", lambda: True)
+    config = model.Config(width=16)
+    net = model.Transformer(config)
+
+    def resume(others):
+        def all_reduce(steps, operation):
+            steps.copy_(torch.maximum(steps, torch.tensor([others, -others])))
+        monkeypatch.setattr(run.dist, "all_reduce", all_reduce)
+        return run.Log(tmp_path, {"batch_tokens": 64}, 1, net, model.make_optimizer(net), None, 1)
+    assert resume(0).step == 0
+    with pytest.raises(data.InputError, match="a disk that all machines share"):
+        resume(100)
 
 
 def test_bad_input_of_many_processes_is_told_by_one(workplace):

@@ -10,6 +10,7 @@ One learning rate serves all widths (muP, arXiv 2203.03466, and CompleteP, arXiv
 places see to it: Block (residual branches), Transformer (initialization), make_optimizer (rates).
 """
 import argparse
+import math
 import time
 from dataclasses import dataclass
 
@@ -229,8 +230,7 @@ def make_optimizer(model, weight_decay=0.1):
         {"params": [model.embedding.weight], "scale": 10, "weight_decay": 0.0},
         {"params": norm_weights, "scale": 1, "weight_decay": 0.0},
     ]
-    fused = model.head.weight.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -249,49 +249,72 @@ def seconds_per_call(call, device):
 
 
 def matmul_flops(device):
-    """Return the FLOP/s of large square matrix products: bfloat16 on CUDA, else float32."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    """Return the FLOP/s of large square matrix products: in bfloat16 if it has it, or float32."""
+    size = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if device.type == "cuda" and has_bf16() else torch.float32
     a = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / seconds_per_call(lambda: a @ a, device)
 
 
-def training_flops(config, device, tokens=4096):
-    """Return the FLOP/s of compiled training steps on batches of so many tokens."""
+# The FLOP/s of matrix products by the data sheets, without sparsity: bfloat16, on a T4 float32.
+DATA_SHEET = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+              "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "T4": 8.1e12}
+
+
+def peak_flops(device):
+    """Return the FLOP/s that the data sheet of a GPU promises, nan if we do not know it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for card, peak in DATA_SHEET.items() if card in name), math.nan)
+
+
+def training_flops(config, device, tokens, compiled=True):
+    """Return the FLOP/s of training steps on batches of so many tokens."""
     model = Transformer(config).to(device)
     optimizer = make_optimizer(model)
     torch.compiler.reset()
-    net = torch.compile(model, dynamic=False)
+    net = torch.compile(model, dynamic=False) if compiled else model
     shape = (max(1, tokens // config.context), config.context)
     ids = torch.randint(config.vocab_size, shape, device=device)          # (B, T)
+    # A GPU is measured over several steps, so that it need not wait for the host after each.
+    steps = 10 if device.type == "cuda" else 1
 
-    def step():
-        net(ids, ids).mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return flops_per_token(config) * ids.numel() / seconds_per_call(step, device)
+    def train():
+        for _ in range(steps):
+            net(ids, ids).mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return flops_per_token(config) * ids.numel() * steps / seconds_per_call(train, device)
 
 
 def main():
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    widths = [128, 192, 256, 384, 576, 1024] if cuda else [32, 64, 128, 192, 256, 384]
     parser = argparse.ArgumentParser(description="Print sizes, FLOPs per token and training speed.",
                                      usage=argparse.SUPPRESS)
     parser.add_argument("--vocab", type=int, default=256)
     parser.add_argument("--context", type=int, default=512, help="tokens")
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 192, 256, 384])
+    parser.add_argument("--widths", type=int, nargs="+", default=widths)
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print("width depth heads   parameters  without embeddings   FLOPs/token   GFLOP/s   of matmul")
+    # Batches that each device is made for.
+    tokens, peak = 32768 if cuda else 4096, peak_flops(device)
+    print("width depth heads   parameters  without embeddings   FLOPs/token   GFLOP/s   of matmul"
+          + "   of data sheet" * cuda)
     for width in args.widths:
         try:
             config = Config(args.vocab, args.context, width)
+            speed = training_flops(config, device, tokens)
         except ValueError as error:
             parser.error(str(error))
+        except torch.OutOfMemoryError:
+            parser.error(f"out of memory at width {width}: lower --widths")
         with torch.device("meta"):
             model = Transformer(config)
-        speed = training_flops(config, device)
         print(f"{width:5}{config.depth:6}{config.heads:6}{model.count_params():13,}"
               f"{model.count_params(embedding=False):20,}{flops_per_token(config):14,}"
-              f"{speed / 1e9:10,.0f}{speed / matmul_flops(device):12.0%}", flush=True)
+              f"{speed / 1e9:10,.0f}{speed / matmul_flops(device):12.0%}"
+              + f"{speed / peak:16.0%}" * cuda, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 """model.py: what may depend on what, FLOPs as the profiler counts them, sizes, the KV cache."""
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -148,3 +150,13 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence():
     parts += [net(ids[:, t:t + 1], cache=cache) for t in range(7, 20)]
     torch.testing.assert_close(torch.cat(parts, dim=1), net(ids), rtol=1e-4, atol=1e-4)
     assert cache.length == 20
+
+
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-40GB", 312),
+    ("Tesla T4", 8.1), ("NVIDIA GeForce RTX 4090", 165), ("Some other card", None)])
+def test_the_speed_of_a_known_card_is_that_of_its_data_sheet(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = model.peak_flops(torch.device("cuda"))
+    assert math.isnan(peak) if tflops is None else peak == tflops * 1e12
+    assert math.isnan(model.peak_flops(torch.device("cpu")))

@@ -267,24 +267,30 @@ def peak_flops(device):
     return next((peak for card, peak in DATA_SHEET.items() if card in name), math.nan)
 
 
-def training_flops(config, device, tokens, compiled=True):
-    """Return the FLOP/s of training steps on batches of so many tokens."""
+def training_step(config, device, tokens, **compiler):
+    """Return a function that makes a compiled training step, and the tokens that it reads."""
     model = Transformer(config).to(device)
     optimizer = make_optimizer(model)
     torch.compiler.reset()
-    net = torch.compile(model, dynamic=False) if compiled else model
+    net = torch.compile(model, dynamic=False, **compiler)
     shape = (max(1, tokens // config.context), config.context)
     ids = torch.randint(config.vocab_size, shape, device=device)          # (B, T)
-    # A GPU is measured over several steps, so that it need not wait for the host after each.
-    steps = 10 if device.type == "cuda" else 1
 
-    def train():
-        for _ in range(steps):
-            net(ids, ids).mean().backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    return flops_per_token(config) * ids.numel() * steps / seconds_per_call(train, device)
+    def step():
+        net(ids, ids).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step, ids.numel()
+
+
+def training_flops(config, device, tokens, **compiler):
+    """Return the FLOP/s of training steps on batches of about so many tokens."""
+    step, tokens = training_step(config, device, tokens, **compiler)
+    # A GPU makes several steps, which it need not wait for.
+    steps = 10 if device.type == "cuda" else 1
+    seconds = seconds_per_call(lambda: [step() for _ in range(steps)], device) / steps
+    return flops_per_token(config) * tokens / seconds
 
 
 def main():

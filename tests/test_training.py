@@ -212,6 +212,12 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch, capsys):
     assert run.pick_device().type == "cpu" and capsys.readouterr().err == ""
 
 
+def test_the_script_for_the_first_gpu_works(workplace):
+    done = here(workplace, "gpu.py", "--device", "cpu")
+    assert done.returncode == 0 and done.stdout.endswith("all as it should be\n"), done.stdout
+    assert done.stdout.count("no step waits for the device") == 2
+
+
 def test_a_large_batch_is_a_multiple_of_eight_sequences():
     wanted = {1: 1, 7: 7, 63: 63, 64: 64, 67: 64, 251: 248, 563: 560, 1123: 1120}
     assert {count: run.whole_sequences(count * 160, 160) for count in wanted} == wanted
@@ -659,17 +665,32 @@ def assert_same_run(a, b):
     assert (two["bytes"], two["batch_tokens"]) == (one["bytes"], one["batch_tokens"])
 
 
-@pytest.mark.parametrize("objective, processes, tokenizer", [("ar", 2, "bpe"), ("mdm", 3, "byte")])
-def test_many_processes_train_as_one(workplace, objective, processes, tokenizer):
-    """Three share eight sequences as 2, 3 and 3."""
-    arguments = (*PARALLEL, "--flops", 3e9, "--tokenizer", tokenizer)
-    alone, together = f"one-{objective}", f"{processes}-{objective}"
-    here(workplace, f"train_{objective}.py", *arguments, "--out", alone)
-    done = torchrun(workplace, processes, f"train_{objective}.py", *arguments, "--out", together)
+def test_three_processes_train_as_one(workplace):
+    """They share eight sequences as 2, 3 and 3."""
+    arguments = (*PARALLEL, "--flops", 3e9)
+    here(workplace, "train_mdm.py", *arguments, "--out", "one")
+    done = torchrun(workplace, 3, "train_mdm.py", *arguments, "--out", "three")
     assert done.returncode == 0, done.stderr
     # One process speaks.
     assert done.stdout.count("bits per byte on") == 1
-    assert_same_run(workplace / alone, workplace / together)
+    assert_same_run(workplace / "one", workplace / "three")
+
+
+def test_two_compiled_processes_train_as_one_without_a_graph_break(workplace):
+    """DDP stands outside of what is compiled. Each reads its sequences in several pieces."""
+    arguments = (*PARALLEL, "--flops", 3e9, "--tokenizer", "bpe")
+    here(workplace, "train_ar.py", *arguments, "--out", "one-bpe")
+    # Traced as ever, but no code is generated.
+    code = ("import functools, torch, run, train_ar; "
+            "torch.compile = functools.partial(torch.compile, backend='aot_eager'); "
+            "run.run_script(train_ar.main)")
+    (workplace / "traced.py").write_text(code)
+    logs = {"PYTHONPATH": str(ROOT), "TORCH_LOGS": "graph_breaks,recompiles,dynamo"}
+    done = torchrun(workplace, 2, workplace / "traced.py", *arguments, "--compile", "on",
+                    "--micro", 64, "--out", "two-bpe", env=os.environ | logs)
+    assert done.returncode == 0 and "torchdynamo" in done.stderr, done.stderr
+    assert not re.search("graph break|recompil|Warning", done.stderr, re.IGNORECASE), done.stderr
+    assert_same_run(workplace / "one-bpe", workplace / "two-bpe")
 
 
 def test_a_run_of_two_processes_is_finished_by_one(workplace):
@@ -685,21 +706,6 @@ def test_a_run_of_two_processes_is_finished_by_one(workplace):
     done = here(workplace, "train_ar.py", *arguments, "--out", "moved")
     assert done.returncode == 0 and "of them done" in done.stdout
     assert_same_run(workplace / "unmoved", workplace / "moved")
-
-
-def test_two_processes_compile_to_one_graph(workplace):
-    """DDP stands outside of what is compiled."""
-    code = ("import functools, torch, run, train_mdm; "
-            "torch.compile = functools.partial(torch.compile, backend='aot_eager'); "
-            "run.run_script(train_mdm.main)")
-    (workplace / "traced.py").write_text(code)
-    done = torchrun(workplace, 2, workplace / "traced.py", *PARALLEL, "--flops", 3e8, "--compile",
-                    "on", "--out", "traced", "--micro", 64,
-                    env=os.environ | {"PYTHONPATH": str(ROOT),
-                                      "TORCH_LOGS": "graph_breaks,recompiles,dynamo"})
-    assert done.returncode == 0, done.stderr
-    assert "torchdynamo" in done.stderr
-    assert not re.search("graph break|recompil|Warning", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize("width, buckets", [(64, 1), (576, 8), (1216, 8)])

@@ -32,6 +32,7 @@ class Unigram(nn.Module):
 
     def __init__(self, probabilities):
         super().__init__()
+        # A parameter, since evaluate asks for the device of one.
         self.p = nn.Parameter(torch.as_tensor(probabilities), requires_grad=False)
         self.config = SimpleNamespace(vocab_size=len(probabilities))
 
@@ -44,7 +45,7 @@ class Unigram(nn.Module):
 
 
 class Bigram(Unigram):
-    """p(b | a) = (count of ab + u p(b)) / (count of a + u), u: how many tokens ever follow a."""
+    """p(b | a) = (count of ab + u p(b)) / (count of a + u), u: kinds of tokens that follow a."""
 
     def __init__(self, probabilities, text):
         super().__init__(probabilities)
@@ -80,7 +81,7 @@ class Bag(Unigram):
 
 
 def baselines(corpus, context_bytes):
-    """Return {name: bits per byte} of a corpus, on the sequences that judge trained models."""
+    """Return {name: bits per byte} of a corpus, on the sequences that judge all but tiny runs."""
     V, context = corpus.tokenizer.vocab_size, corpus.tokens(context_bytes)
     bytes_per_id = corpus.tokenizer.bytes_per_id
     val = data.Sequences(corpus.val, context).spaced(max(16, train_ar.VAL_BYTES // context_bytes))

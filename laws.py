@@ -20,7 +20,7 @@ NAMES = ("E", "A", "B", "alpha", "beta")
 EXPONENTS = np.geomspace(0.03, 1.5, 30)
 GAMMAS = np.geomspace(0.003, 2, 1000)
 # The widths that a frontier chooses from.
-WIDTHS = np.geomspace(4, 65536, 150)
+WIDTHS = np.geomspace(4, 2**34, 260)
 SAMPLES = 400
 
 
@@ -32,8 +32,9 @@ def pooled_minima(C, N, Y):
 
     L = L*(C) + c (ln N - n0 - a ln C)^2: one curvature c, one N* = exp(n0) C^a, and a minimum L* of
     its own for each budget. Written as L = level(C) + c x^2 + (b + d t) x, with x = ln N and
-    t = ln C, it is linear. Return the minima (S, K) of the K budgets, ln N* at each (S, K), the
-    curvature (S,) and the fitted losses (S, n). Without a minimum, curvature <= 0.
+    t = ln C, it is linear: ln N* is -(b + d t) / 2c. Return the minima (S, K) of the K budgets,
+    ln N* at each (S, K), the curvature (S,) and the fitted losses (S, n). Without a minimum, the
+    curvature is not positive.
     """
     budgets, index = np.unique(C, return_inverse=True)
     x, t = np.log(N), np.log(C)
@@ -51,15 +52,15 @@ def resample(C, N, L, seed, count=SAMPLES):
     """Return losses (1 + count, n): L (n,) as measured, then samples of it.
 
     A sample adds to the fitted losses residuals drawn at random, so the design stays as it is. They
-    are scaled up for the K + 3 numbers that were fitted. Samples without minima are drawn again.
-    None if L itself has no minima, or if there are too few runs.
+    are scaled up for the K + 3 numbers that were fitted. Samples of curvature <= 0 are drawn again.
+    None if L itself has such a curvature, or for too few runs or widths.
     """
     rng = np.random.default_rng(seed)
     free = len(L) - len(set(C)) - 3
-    if free < 1:
+    if free < 1 or len(set(N)) < 3:
         return None
     _, _, curvature, fitted = pooled_minima(C, N, L[None])
-    if curvature[0] <= 0:
+    if not curvature[0] > 0:
         return None
     residuals = (L - fitted[0]) * np.sqrt(len(L) / free)
     samples = L[None]
@@ -73,12 +74,12 @@ def interpolated_gap(byte_budgets, byte, bpe_budgets, bpe):
     """Return G at each budget of BPE from minima byte (S, J) and bpe (S, K): (S, K).
 
     Between two budgets log loss is a straight line in log C. inf where bytes do not reach the loss
-    of BPE within their budgets, nan where they had it before their first.
+    of BPE within their budgets. Where they had it before their first, G is at most what is given.
     """
     log_c = np.log(byte_budgets)
     # np.interp wants increasing numbers, and more compute never makes the best loss worse.
     byte = np.minimum.accumulate(byte, axis=1)
-    log_c_byte = [np.interp(-np.log(low), -np.log(high), log_c, left=np.nan, right=np.inf)
+    log_c_byte = [np.interp(-np.log(low), -np.log(high), log_c, right=np.inf)
                   for low, high in zip(bpe, byte, strict=True)]
     return np.exp(np.array(log_c_byte) - np.log(bpe_budgets))
 
@@ -113,13 +114,13 @@ def weighted_law(N, D, L, weights):
         powers = np.stack([(N / N0) ** -exponents[:, :1], (D / D0) ** -exponents[:, 1:]], axis=-1)
         ones = np.ones((*powers.shape[:2], 1))
         # E is free, or zero.
-        for X, lead in ((np.concatenate([ones, powers], axis=-1), 0), (powers, 1)):
+        for X, zeros in ((np.concatenate([ones, powers], axis=-1), 0), (powers, 1)):
             coefficients = np.linalg.pinv(root[:, None] * X) @ (root * L)               # (G, 2..3)
             errors = (root * (L - (X @ coefficients[..., None])[..., 0])) ** 2          # (G, n)
             sse = np.where((coefficients >= 0).all(axis=1), errors.sum(axis=1), np.inf)
             g = sse.argmin()
             if sse[g] < best[0]:
-                best = sse[g], (*np.zeros(lead), *coefficients[g], *exponents[g])
+                best = sse[g], (*np.zeros(zeros), *coefficients[g], *exponents[g])
         if best[1] is None:
             raise ValueError("no law of this form decreases with N and with D as these runs do")
         E, A, B, alpha, beta = best[1]
@@ -179,13 +180,13 @@ def best_terms(X, Y, grid):
     Return the sums of squared errors (K, S), which set was best (K, S), and its coefficients
     (K, S, m), none of them negative. The sum is inf where no set has such coefficients.
     """
-    inverse, one = np.linalg.pinv(X), np.ones((Y.shape[1], 1))
+    inverse, Xt, one = np.linalg.pinv(X), np.swapaxes(X, 1, 2), np.ones((Y.shape[1], 1))
     # By linearity the coefficients of Y - E are those of Y less E times those of 1.
     of_Y, of_one = inverse @ Y.T, inverse @ one                                         # (G, m, S)
     # So the sum of squared errors is a - 2 b E + c E^2.
-    a = (Y**2).sum(axis=1) - (of_Y * (np.swapaxes(X, 1, 2) @ Y.T)).sum(axis=1)          # (G, S)
-    b = Y.sum(axis=1) - (of_Y * (np.swapaxes(X, 1, 2) @ one)).sum(axis=1)               # (G, S)
-    c = len(one) - (of_one * (np.swapaxes(X, 1, 2) @ one)).sum(axis=1)                  # (G, 1)
+    a = (Y**2).sum(axis=1) - (of_Y * (Xt @ Y.T)).sum(axis=1)          # (G, S)
+    b = Y.sum(axis=1) - (of_Y * (Xt @ one)).sum(axis=1)               # (G, S)
+    c = len(one) - (of_one * (Xt @ one)).sum(axis=1)                  # (G, 1)
     # No coefficient is negative if E is between these.
     with np.errstate(divide="ignore", invalid="ignore"):
         limit = of_Y / of_one
@@ -204,7 +205,7 @@ def best_terms(X, Y, grid):
 def profile_surfaces(N, D, Y, grid):
     """Fit surfaces to losses Y (S, n) for each E of a grid (K,): their SSE (K, S), laws (K, S, 5).
 
-    The exponents are those of a grid, which is finer around those that serve any sample best.
+    The exponents are those of a grid. It is finer around those that are best for some E and sample.
     """
     N0, D0 = np.exp(np.log(N).mean()), np.exp(np.log(D).mean())
     exponents = grid_of(EXPONENTS)                                                      # (G, 2)
@@ -234,8 +235,9 @@ def joint_fit(parts, numbers):
 
     parts: {configuration: (n, SSE (K, S))}, n runs. Errors are Gaussian; each configuration has a
     variance of its own. numbers: how many a configuration's law has besides E. Return which E is
-    the shared one (S,), which are the separate ones {configuration: (S,)}, 2 dlogL by E as measured
-    {configuration or "one E": (K,)}, and AICc of one E and of separate ones.
+    the shared one (S,), which are the separate ones {configuration: (S,)}, how far -2 log
+    likelihood rises above its minimum at each E, as measured {configuration or "one E": (K,)}, and
+    AICc of one E and of separate ones.
     """
     total = sum(n for n, _ in parts.values())
     deviance = {key: n * np.log(sse / n) for key, (n, sse) in parts.items()}
@@ -246,7 +248,7 @@ def joint_fit(parts, numbers):
     def aicc(fitted, entropies):
         # A variance counts, too.
         k = len(parts) * (numbers + 1) + entropies
-        return fitted + 2 * k + 2 * k * (k + 1) / max(1, total - k - 1)
+        return fitted + 2 * k + 2 * k * (k + 1) / (total - k - 1) if total > k + 1 else np.inf
 
     return (shared.argmin(axis=0), {key: values.argmin(axis=0) for key, values in deviance.items()},
             rises, aicc(shared[:, 0].min(), 1),

@@ -33,7 +33,7 @@ BUDGETS = {"cpu": (2e10, 6e10, 2e11), "mps": (1e13, 3e13, 1e14),
            "cuda": (1e16, 3e16, 1e17, 3e17, 1e18)}
 # What an objective must be better than, or its budget stays out of the fits.
 BASELINE = {"ar": "bigram", "mdm": "bag"}
-# The numbers of a configuration's law besides E; a frontier law has those of N* and the curvature.
+# The numbers of a configuration's law besides E: A, B, alpha, beta; K, gamma, and the parabola's.
 FORMS = {"surface": 4, "frontier law": 5}
 CUTS = ("all budgets", "past counting", "past counting, without the lowest")
 ENTROPIES = 61                         # values of E that are tried
@@ -62,13 +62,14 @@ def by_the_rules(row):
 
 
 def read_baselines(path, row):
-    """Return {(tokenizer, baseline): bits per byte} for the text of a row; {} without the file."""
+    """Return {(tokenizer, baseline): bits per byte} for the text of a row; {} without."""
     if not path.exists():
         return {}
     with open(path, newline="") as file:
         return {(line["tokenizer"], line["baseline"]): float(line["val_bpb"])
                 for line in csv.DictReader(file) if line["sha256"] == row["sha256"]
-                and int(line["context_bytes"]) == row["context_bytes"]}
+                and line["context_bytes"] == str(row["context_bytes"])
+                and line["vocab_size"] in ("256", str(row["vocab_size"]))}
 
 
 def analyse(rows, baselines):
@@ -126,7 +127,7 @@ def gaps_without_law(found):
 def trend_of(gap, lowest):
     """Return the trend of log10 G a decade from a budget on (S,), or None below two budgets.
 
-    Only budgets with G as measured count. A sample that bytes do not reach is taken at the bound.
+    Only budgets with G as measured count. A sample with an infinite G takes the bound, top / C.
     """
     solid = np.isfinite(gap.G[0]) & (gap.budgets >= lowest)
     if solid.sum() < 2:
@@ -170,11 +171,13 @@ def choose(found, cut):
     return chosen
 
 
-def fit(form, found, chosen, samples=None):
+def fit(form, found, chosen, count=None):
     """Fit a law of a form to the chosen runs of each configuration, with one E and with separate E.
 
-    Return its grid of E, which E is best (one (S,), separate {configuration: (S,)}), 2 dlogL by E,
-    both AICc, and curve(configuration, which E, C): the frontier (S, len(C)). None if no law fits.
+    count: of the samples; None: all. Return its grid of E, which E is best (shared (S,), separate
+    {configuration: (S,)}), the rises of -2 log likelihood, both AICc, and two functions of a
+    configuration and which E: curve, the frontier at C (S, len(C)), and residuals. None if no law
+    fits.
     """
     grid = np.linspace(0, min((one.L.min() for one in found.values()), default=0), ENTROPIES)
     parts, profiles = {}, {}
@@ -182,23 +185,23 @@ def fit(form, found, chosen, samples=None):
         one = found[key]
         if form == "surface":
             sse, profiles[key] = laws.profile_surfaces(one.N[mask], one.D[mask],
-                                                       one.samples[:samples, mask], grid)
+                                                       one.samples[:count, mask], grid)
         else:
-            sse, profiles[key] = laws.profile_frontiers(one.C[mask], one.leveled[:samples, mask],
+            sse, profiles[key] = laws.profile_frontiers(one.C[mask], one.leveled[:count, mask],
                                                         grid)
         if np.isfinite(sse).any(axis=0).all():
             parts[key] = mask.sum(), sse
-    if not parts:
+    if not parts or not np.isfinite(sum(sse for _, sse in parts.values())).any(axis=0).all():
         return None
 
     def law(key, which):
         return profiles[key][which, np.arange(len(which))]
 
     def curve(key, which, C):
-        found_law, one = law(key, which), found[key]
+        fitted, one = law(key, which), found[key]
         if form == "surface":
-            return laws.surface_frontier(found_law, C, one.vocab_size, one.context)
-        E, K, gamma = found_law.T[..., None]
+            return laws.surface_frontier(fitted, C, one.vocab_size, one.context)
+        E, K, gamma = fitted.T[..., None]
         return E + K * C**-gamma
 
     def residuals(key, which):
@@ -207,10 +210,11 @@ def fit(form, found, chosen, samples=None):
             return one.L[mask] - laws.surface_loss(first, one.N[mask], one.D[mask])
         return one.leveled[0, mask] - first[0] - first[1] * one.C[mask] ** -first[2]
 
-    one, separate, rises, aicc_one, aicc_separate = laws.joint_fit(parts, FORMS[form])
-    return SimpleNamespace(grid=grid, one=one, separate=separate, rises=rises, aicc_one=aicc_one,
-                           aicc_separate=aicc_separate, curve=curve, residuals=residuals,
-                           runs=sum(n for n, _ in parts.values()), keys=list(parts))
+    shared, separate, rises, aicc_one, aicc_separate = laws.joint_fit(parts, FORMS[form])
+    return SimpleNamespace(grid=grid, shared=shared, separate=separate, rises=rises,
+                           aicc_one=aicc_one, aicc_separate=aicc_separate, curve=curve,
+                           residuals=residuals, keys=list(parts),
+                           runs=sum(n for n, _ in parts.values()))
 
 
 def extrapolate(law, objective, C):
@@ -218,34 +222,29 @@ def extrapolate(law, objective, C):
     keys = (objective, "byte"), (objective, "bpe")
     if not set(keys) <= set(law.keys):
         return None
-    byte, bpe = (law.curve(key, law.one, C) for key in keys)
+    byte, bpe = (law.curve(key, law.shared, C) for key in keys)
     return laws.gap(byte, bpe, C), laws.parity(byte, bpe, C)
 
 
-def predictions(found):
+def predictions(rows, found):
     """Fit up to each budget, from the third on, and predict the minima of the next one.
 
     Return a list of (form, "one E" or "separate E", last budget, next budget, {configuration:
     (predicted, measured)}).
     """
-    budgets = sorted(set().union(*(one.budgets for one in found.values())))
-    every = choose(found, CUTS[0])
     made = []
-    for last, following in itertools.pairwise(budgets[2:]):
-        known = {key: found[key].C <= last for key in every}
-        known = {key: mask for key, mask in known.items() if len(set(found[key].C[mask])) > 2}
+    for last, following in itertools.pairwise(sorted({row["flops_budget"] for row in rows})[2:]):
+        known = analyse([row for row in rows if row["flops_budget"] <= last], {})
         for form in FORMS:
-            law = fit(form, found, known, samples=1) if known else None
-            if law is None:
-                continue
-            for name in ("one E", "separate E"):
+            law = fit(form, known, choose(known, CUTS[0]), count=1)
+            for name in ("one E", "separate E") if law else ():
                 pairs = {}
-                for key in law.keys:
-                    which = law.one if name == "one E" else law.separate[key]
-                    at = np.flatnonzero(found[key].budgets == following)
-                    if len(at):
-                        predicted = law.curve(key, which, np.array([following]))[0, 0]
-                        pairs[key] = predicted, found[key].minima[0, at[0]]
+                for key in set(law.keys) & set(found):
+                    measured = found[key].minima[0, found[key].budgets == following]
+                    if len(measured):
+                        which = law.shared if name == "one E" else law.separate[key]
+                        predicted = law.curve(key, which, np.array([following]))
+                        pairs[key] = predicted[0, 0], measured[0]
                 if pairs:
                     made.append((form, name, last, following, pairs))
     return made
@@ -269,7 +268,7 @@ def interval(values, digits=3, far="never"):
 
 def signed(values):
     """Return a number that may be negative, with its 90% interval and standard deviation."""
-    low, high = np.quantile(values[1:], (0.05, 0.95))
+    low, high = np.quantile(values[1:], (0.05, 0.95), method="nearest")
     return f"{values[0]:+.2f} [{low:+.2f}, {high:+.2f}], sd {values[1:].std():.2f}"
 
 
@@ -287,7 +286,8 @@ def report_gaps(found, gaps):
     for objective, gap in gaps.items():
         for k, budget in enumerate(gap.budgets):
             bound = f"above {int(gap.top / budget)}" if gap.top > budget else ""
-            G = interval(gap.G[:, k], far=bound).replace(f"{bound} [{bound}, {bound}]", bound)
+            # Without brackets if no sample reaches BPE.
+            G = interval(gap.G[:, k], far=bound) if np.isfinite(gap.G[:, k]).any() else bound
             rows.append([objective.upper(), exact(budget), interval(gap.bits[:, k]), G])
             if np.isfinite(gap.G[0, k]):
                 parts = take_apart(found, objective, budget, gap.G[0, k])
@@ -326,11 +326,14 @@ def report_minima(found):
     for key, one in found.items():
         cells = dict.fromkeys(budgets, "")
         for k, budget in enumerate(one.budgets):
-            mark = "" if one.passed[k] else " *"
+            N = one.N[one.C == budget]
+            outside = not N.min() < math.exp(one.best[0, k]) < N.max()
+            mark = ("" if one.passed[k] else " *") + (" (outside)" if outside else "")
             cells[budget] = short(f"{one.minima[0, k]:.3f} ({math.exp(one.best[0, k]):.2g})") + mark
         rows.append([CONFIGURATIONS[key], *cells.values()])
     print_table("IsoFLOP minima: bits per byte (parameters without embeddings); * counting does as "
-                "well", ["minimum", *map(exact, budgets)], rows)
+                "well; outside: of the widths that were trained",
+                ["minimum", *map(exact, budgets)], rows)
 
 
 def report_entropies(laws_found):
@@ -341,7 +344,7 @@ def report_entropies(laws_found):
     for (form, cut), law in laws_found.items():
         own = [interval(law.grid[law.separate[key]], 2) if key in law.keys else ""
                for key in CONFIGURATIONS]
-        rows.append([form, cut, str(law.runs), interval(law.grid[law.one], 2), *own,
+        rows.append([form, cut, str(law.runs), interval(law.grid[law.shared], 2), *own,
                      f"{law.aicc_one:.1f}", f"{law.aicc_separate:.1f}"])
     print_table("One E, or one for each; the lower AICc is preferred",
                 ["law", "budgets", "runs", "one E", *CONFIGURATIONS.values(), "AICc, one E",
@@ -349,7 +352,11 @@ def report_entropies(laws_found):
 
 
 def verdict(parities):
-    """Return what all parities (S,) agree on in 95% of their samples, or "undecided"."""
+    """Return what all laws say of parity, or "undecided". parities: (S,) of each.
+
+    That there is none below FAR if 95% of the samples of each say so. Its interval, if that of all
+    samples is less than four decades wide.
+    """
     never = [np.isinf(values[1:]).mean() for values in parities]
     if min(never) >= 0.95:
         return f"not below {exact(FAR)}"
@@ -359,8 +366,8 @@ def verdict(parities):
 
 def report_extrapolations(laws_found, budgets):
     """Print what the laws with one E say of G, its trend and parity."""
-    C = np.geomspace(budgets[0], FAR, 400)
-    far = budgets[-1]
+    near, far = budgets[-1] / 10, budgets[-1]
+    C = np.unique(np.append(np.geomspace(min(budgets[0], near), FAR, 120), (near, far)))
     rows, parities = [], {}
     for (form, cut), law in laws_found.items():
         for objective in TRAIN:
@@ -368,7 +375,7 @@ def report_extrapolations(laws_found, budgets):
                 continue
             G, parity = both
             # The budgets around the last decade that was trained.
-            at = np.searchsorted(C, (far / 10, far))
+            at = np.searchsorted(C, (near, far))
             slope = laws.trend(C[at], np.minimum(G[:, at], FAR))
             rows.append([objective.upper(), form, cut, interval(G[:, at[0]]), signed(slope),
                          interval(parity, 2), f"{np.isinf(parity[1:]).mean():.0%}"])
@@ -376,7 +383,7 @@ def report_extrapolations(laws_found, budgets):
     if rows:
         rows.sort(key=lambda row: row[0])
         print_table(f"Extrapolated by laws with one E, up to {exact(FAR)} FLOPs",
-                    ["objective", "law", "budgets", f"G at {exact(far / 10)}",
+                    ["objective", "law", "budgets", f"G at {exact(near)}",
                      "trend of log10 G from there to " + exact(far), "FLOPs at parity",
                      "samples without"], rows)
         for objective, values in parities.items():
@@ -389,9 +396,9 @@ def report_predictions(made):
         errors = np.array([predicted - measured for predicted, measured in pairs.values()])
         bits = []
         for objective in TRAIN:
-            own = [pairs.get((objective, tokenizer)) for tokenizer in ("byte", "bpe")]
-            both = np.subtract(*own) if None not in own else None
-            bits.append("" if both is None else f"{both[0]:.3f} ({both[1]:.3f})")
+            byte, bpe = (pairs.get((objective, tokenizer)) for tokenizer in ("byte", "bpe"))
+            known = byte is not None and bpe is not None
+            bits.append(f"{byte[0] - bpe[0]:.3f} ({byte[1] - bpe[1]:.3f})" if known else "")
         rows.append([form, name, exact(last), exact(following),
                      f"{np.sqrt((errors**2).mean()):.3f}", *bits])
     if rows:
@@ -403,21 +410,22 @@ def report_predictions(made):
 def report_residuals(found, laws_found):
     """Print how the laws of all budgets with one E fit, beside the spread of seeds."""
     rows = []
-    for key, name in CONFIGURATIONS.items():
-        cells = []
+    for key, one in found.items():
+        # Of no law: the spread alone.
+        sd, df, _, _ = laws.lack_of_fit(one.L, one.groups, 0)
+        cells = [CONFIGURATIONS[key], str(len(one.L)), f"{sd:.3f} ({df})"]
         for form, numbers in FORMS.items():
             law = laws_found.get((form, CUTS[0]))
             if law is None or key not in law.keys:
+                cells += ["", "", ""]
                 continue
-            residuals = law.residuals(key, law.one)
-            sd, df, F, p = laws.lack_of_fit(residuals, found[key].groups, numbers)
+            residuals = law.residuals(key, law.shared)
+            _, _, F, p = laws.lack_of_fit(residuals, one.groups, numbers + 1)
             cells += [f"{np.sqrt((residuals**2).mean()):.3f}", f"{F:.1f}", f"{p:.3f}"]
-        if cells:
-            rows.append([name, str(len(found[key].L)), f"{sd:.3f} ({df})", *cells])
-    if rows:
-        print_table("Residuals in bits per byte, all budgets, one E; F against replicates",
-                    ["configuration", "runs", "sd of seeds (df)", "surface: rms", "F", "p",
-                     "frontier law: rms", "F", "p"], rows)
+        rows.append(cells)
+    print_table("Residuals in bits per byte, all budgets, one E; F against replicates",
+                ["configuration", "runs", "sd of seeds (df)", "surface: rms", "F", "p",
+                 "frontier law: rms", "F", "p"], rows)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -482,19 +490,23 @@ def paint_parabola(ax, one, k, color):
     ax.plot(math.exp(best), lowest, "*", color=color, markersize=12, mec="black")
 
 
+def error_bars(values):
+    """Return how far the 90% interval of values (S, K) is below and above the first: (2, K)."""
+    low, high = np.quantile(values[1:], (0.05, 0.95), axis=0)
+    return np.stack([values[0] - low, high - values[0]]).clip(0)
+
+
 def paint_gap(axes, gaps):
     bits, compute = axes[0]
     for shift, (objective, gap) in zip((0.96, 1.04), gaps.items(), strict=False):
         style = dict(color=COLORS[objective, "byte"], capsize=3, label=f"{objective.upper()}")
-        low, high = np.quantile(gap.bits[1:], (0.05, 0.95), axis=0, method="nearest")
         x = gap.budgets * shift
-        bits.errorbar(x, gap.bits[0], (gap.bits[0] - low, high - gap.bits[0]), fmt="o-", **style)
+        bits.errorbar(x, gap.bits[0], error_bars(gap.bits), fmt="o-", **style)
         bound = gap.top / gap.budgets
         solid = np.isfinite(gap.G[0])
-        low, high = np.quantile(np.minimum(gap.G[1:], bound), (0.05, 0.95), axis=0)
-        error = (gap.G[0] - low)[solid], (high - gap.G[0])[solid].clip(0)
         if solid.any():
-            compute.errorbar(x[solid], gap.G[0, solid], error, fmt="o-", **style)
+            G = np.minimum(gap.G, bound)[:, solid]
+            compute.errorbar(x[solid], G[0], error_bars(G), fmt="o-", **style)
         hidden = ~solid & (bound > 1.5)
         if hidden.any():
             compute.plot(x[hidden], bound[hidden], "^", color=style["color"], mfc="none",
@@ -518,7 +530,7 @@ def paint_frontiers(axes, found, laws_found):
             law = laws_found.get((form, cut))
             if law is None or key not in law.keys:
                 continue
-            values = law.curve(key, law.one, C)
+            values = law.curve(key, law.shared, C)
             low, high = np.quantile(values[1:], (0.05, 0.95), axis=0)
             ax.fill_between(C, low, high, color=color, alpha=0.12, linewidth=0)
             label = CONFIGURATIONS[key] if form == "frontier law" else None
@@ -562,7 +574,7 @@ def paint_residuals(axes, found, laws_found):
     for form, ax in zip(FORMS, axes[0], strict=True):
         law = laws_found[form, CUTS[0]]
         for shift, key in zip(np.geomspace(0.85, 1.18, 4), law.keys, strict=False):
-            ax.plot(found[key].C * shift, law.residuals(key, law.one), "o", color=COLORS[key],
+            ax.plot(found[key].C * shift, law.residuals(key, law.shared), "o", color=COLORS[key],
                     markersize=4, mfc="none", label=CONFIGURATIONS[key])
         ax.axhline(0, color="0.4", lw=1)
         ax.set(title=f"{form}, one E", xlabel="training FLOPs")
@@ -584,7 +596,8 @@ def plot(out, rows, found, gaps, laws_found, made, baselines):
         draw(out / "residuals.png", (1, 2), (7.5, 4),
              lambda axes: paint_residuals(axes, found, laws_found))
     if made:
-        draw(out / "predicted.png", (2, 2), (7.5, 6), lambda axes: paint_predictions(axes, made), 2)
+        draw(out / "predicted.png", (2, 2), (7.5, 6), lambda axes: paint_predictions(axes, made),
+             legend_columns=2)
     print(f"\nfigures: {out}")
 
 
@@ -601,6 +614,7 @@ def main():
     if args.dry_run:
         return
     failed = [spec for spec in specs if sweep.find(spec, rows) is None]
+    # After training, all budgets of the table are shown.
     chosen = args.budgets if args.plot_only else None
     kept = [row for row in rows if not chosen or row["flops_budget"] in chosen]
     used = [row for row in kept if by_the_rules(row)]
@@ -611,9 +625,14 @@ def main():
         print(f"{path}: {len(kept) - len(used)} runs of other batches, learning rates or flags are "
               "left out of the fits", file=sys.stderr)
 
-    baselines = read_baselines(args.out / "baselines.csv", used[0])
+    # A row of BPE, if there is one: its vocabulary counts.
+    example = max(used, key=lambda row: row["vocab_size"])
+    baselines = read_baselines(args.out / "baselines.csv", example)
+    if not baselines:
+        print(f"\nno budget is left out: there are no baselines of this text in {args.out} "
+              "(python counting.py makes them)")
     found = analyse(used, baselines)
-    gaps, laws_found, made = gaps_without_law(found), {}, predictions(found)
+    gaps, laws_found, made = gaps_without_law(found), {}, predictions(used, found)
     for form, cut in itertools.product(FORMS, CUTS):
         if law := fit(form, found, choose(found, cut)):
             laws_found[form, cut] = law

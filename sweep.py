@@ -49,7 +49,7 @@ OPTIONAL = {"val_bpb_stderr", "val_bpb_span1", "val_bpb_span1_stderr", "seconds"
 # What is to be trained. A run is a dict of its SETTINGS.
 
 def bracket(objective, flops, count=4):
-    """Return the widths around the one that is expected to be best, the wider of two as near."""
+    """Return the widths around the one that is expected to be best (of equally near, the wider)."""
     best = run.default_width(flops, TRAIN[objective].WIDTH)
     nearest = sorted(WIDTHS, key=lambda width: (abs(math.log(width / best)), -width))
     return sorted(nearest[:count])
@@ -81,7 +81,7 @@ def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=No
 
 
 def load_corpora(args):
-    """Return {"byte": Corpus, "bpe": Corpus} of args.data, which is changed to name its shards.
+    """Return {"byte": Corpus, "bpe": Corpus}. args.data is set to its name with its shards.
 
     All runs read the same shards, as many as the run that reads most. A dry run reads one shard, to
     know how many tokens a sequence has, so its sha256 is not known: None. Raises InputError for a
@@ -218,7 +218,7 @@ def add_row(path, row):
 
 
 def find(spec, rows):
-    """Return the row of the run with these settings, or None. A setting of None fits all."""
+    """Return the row of the run with these settings, or None. A None in spec matches any value."""
     wanted = {key: spec[key] for key in SETTINGS if spec[key] is not None}
     return next((row for row in rows if all(row[key] == wanted[key] for key in wanted)), None)
 
@@ -362,6 +362,7 @@ def train_missing(specs, path, args, folder):
             missing.append(spec)
         elif row not in rows and not args.dry_run:
             add_row(path, row)
+            keep_log(folder / label(spec), path.parent / "logs")
     flops = sum(spec["flops_budget"] for spec in missing)
     note = f"{len(missing)} of {len(specs)} runs to train, {flops:.2g} FLOPs"
     if args.dry_run:

@@ -198,7 +198,8 @@ def frontier_loss(configuration, N, D, C):
 
 
 def test_planted_gap_entropy_and_parity_are_found():
-    found = scaling.analyse(planted(frontier_loss), {})
+    rows = planted(frontier_loss)
+    found = scaling.analyse(rows, {})
     gaps = scaling.gaps_without_law(found)
     for gap in gaps.values():
         solid = np.isfinite(gap.G[0])
@@ -209,14 +210,14 @@ def test_planted_gap_entropy_and_parity_are_found():
         assert scaling.trend_of(gap, 1e13) is None
     for cut in scaling.CUTS[:2]:
         law = scaling.fit("frontier law", found, scaling.choose(found, cut))
-        assert law.grid[law.one[0]] == pytest.approx(0.8, abs=0.1)
+        assert law.grid[law.shared[0]] == pytest.approx(0.8, abs=0.1)
         assert law.aicc_one < law.aicc_separate
         for objective in ("ar", "mdm"):
             C = np.geomspace(1e12, 1e30, 200)
             G, parity = scaling.extrapolate(law, objective, C)
             assert np.median(G[:, C < 1e20]) == pytest.approx(8, rel=0.3)
             assert np.isinf(parity).mean() > 0.3
-    for _, _, _, following, pairs in scaling.predictions(found):
+    for _, _, _, following, pairs in scaling.predictions(rows, found):
         assert following in (3e13, 1e14) and len(pairs) == 4
         for predicted, measured in pairs.values():
             assert predicted == pytest.approx(measured, abs=0.08)

@@ -336,6 +336,7 @@ def segment(args):
     if not args.plot_only:
         runs = best_runs(args.runs or sorted(Path("runs/gap").glob("*")), args.budgets)
         result, folder = runs[0]
+        args.data = args.data or "pysrc"
         byte, T, device = data.load(args.data), result["context_tokens"], run.pick_device()
         if result["corpus"]["sha256"] != byte.meta["sha256"]:
             raise InputError(f"{folder} was trained on another text ({result['corpus']['name']}) "

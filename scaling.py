@@ -286,8 +286,7 @@ def report_gaps(found, gaps):
     for objective, gap in gaps.items():
         for k, budget in enumerate(gap.budgets):
             bound = f"above {int(gap.top / budget)}" if gap.top > budget else ""
-            # Without brackets if no sample reaches BPE.
-            G = interval(gap.G[:, k], far=bound) if np.isfinite(gap.G[:, k]).any() else bound
+            G = interval(gap.G[:, k], far=bound).replace(f"{bound} [{bound}, {bound}]", bound)
             rows.append([objective.upper(), exact(budget), interval(gap.bits[:, k]), G])
             if np.isfinite(gap.G[0, k]):
                 parts = take_apart(found, objective, budget, gap.G[0, k])

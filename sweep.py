@@ -83,9 +83,9 @@ def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=No
 def load_corpora(args):
     """Return {"byte": Corpus, "bpe": Corpus}. args.data is set to its name with its shards.
 
-    All runs read the same shards, as many as the run that reads most. A dry run reads one shard, to
-    know how many tokens a sequence has, so its sha256 is not known: None. Raises InputError for a
-    width that no model can have.
+    All runs read one text, that of the largest budget. A dry run reads one shard, to know how many
+    tokens a sequence has, so its sha256 is not known: None. Raises InputError for a width that no
+    model can have, and for text that is read more than 4 times, unless args.data asks for it.
     """
     try:
         needs = [run.bytes_needed(flops, width, tokenizer, args.vocab, args.context)
@@ -93,13 +93,20 @@ def load_corpora(args):
                  for width in args.widths or bracket(objective, flops)]
     except ValueError as error:
         raise InputError(f"--widths: {error}") from None
-    whole = data.with_shards(args.data, max(needs))
-    source = data.with_shards(args.data, 1) if args.dry_run else whole
+    whole = run.choose_data(args.data, max(args.budgets))
+    name = args.data or whole.partition(":")[0]
+    source = data.with_shards(name, 1) if args.dry_run else whole
     corpora = {tokenizer: data.load(source, tokenizer, args.vocab) for tokenizer in ("byte", "bpe")}
     if source != whole:
         for corpus in corpora.values():
             corpus.name = whole.replace(":", "-")
             corpus.meta["sha256"] = None
+    elif (epochs := max(needs) / corpora["byte"].meta["train_bytes"]) > 4:
+        if args.data is None:
+            raise InputError(f"a run would read {name} {epochs:.0f} times: take --data c4, or "
+                             f"--data {name} to repeat it")
+        print(f"note   a run reads {name} {epochs:.0f} times, and more than 4 teach little (arXiv "
+              "2305.16264)", file=sys.stderr)
     args.data = whole
     return corpora
 
@@ -389,7 +396,7 @@ def study_arguments(doc):
     flag("--seeds", type=run.number(int, 0, 2**63 - 1), nargs="+", default=[0])
     flag("--jobs", type=run.COUNT, help="runs at a time (default: one a core, or all GPUs)")
     flag("--nproc", type=run.COUNT, default=1, help="processes of a run, by torchrun")
-    flag("--data", default="pysrc", help="a corpus by name, or a file or folder")
+    flag("--data", help="a corpus by name, or a file or folder (default: by the budgets)")
     flag("--vocab", type=run.number(int, 257, 65536), default=4096)
     flag("--context", type=run.number(int, 1, 2**20), default=512, help="bytes in a sequence")
     flag("--out", type=run.path, default=Path("results"), help="folder of tables and figures")

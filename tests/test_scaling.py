@@ -262,6 +262,32 @@ def test_a_dry_run_refuses_what_must_fail_later(workplace, flags, words):
     assert_one_line(here(workplace, "scaling.py", *TINY, "--dry-run", *flags), words)
 
 
+def corpora_of(budgets, monkeypatch, **flags):
+    """Return what load_corpora loads for these budgets, and the --data of the commands."""
+    loaded = []
+    meta = {"train_bytes": 89e6, "bytes_per_token": 3.3}
+    monkeypatch.setattr(sweep.data, "load", lambda source, *_: loaded.append(source) or
+                        SimpleNamespace(name=source, meta=dict(meta)))
+    args = argparse.Namespace(budgets=budgets, widths=None, vocab=4096, context=512, data=None,
+                              dry_run=False)
+    vars(args).update(flags)
+    sweep.load_corpora(args)
+    return loaded, args.data
+
+
+def test_all_runs_of_a_sweep_read_one_text_that_is_large_enough(monkeypatch, capsys):
+    assert corpora_of([1e12, 1e14], monkeypatch) == (["pysrc"] * 2, "pysrc")
+    loaded, given = corpora_of([1e12, 1e17], monkeypatch)
+    assert loaded == [given] * 2 and re.fullmatch(r"c4:\d+", given)
+    assert corpora_of([1e12, 1e17], monkeypatch, dry_run=True) == (["c4:1"] * 2, given)
+    # A narrow model reads much text.
+    with pytest.raises(sweep.InputError, match="pysrc .* times: take --data c4, or --data pysrc"):
+        corpora_of([1e15], monkeypatch, widths=[16])
+    assert capsys.readouterr().err == ""
+    assert corpora_of([1e15], monkeypatch, widths=[16], data="pysrc")[1] == "pysrc"
+    assert "more than 4 teach little" in capsys.readouterr().err
+
+
 def test_each_job_gets_gpus_of_its_own(tmp_path, monkeypatch):
     rows = sweep.read_rows(PUBLISHED)
     environments = []
@@ -344,7 +370,7 @@ def test_too_few_runs_for_a_law_show_what_there_is(swept):
     assert second.stdout.count("(16)") == 4
     assert sorted(path.name for path in (workplace / "results").iterdir()) == [
         "isoflops.png", "logs", "runs.csv"]
-    assert len(list((workplace / "results" / "logs").iterdir())) == 3
+    assert len(list((workplace / "results" / "logs").iterdir())) == 4
 
 
 def children(pid):
@@ -381,4 +407,4 @@ def test_however_a_sweep_ends_it_leaves_no_run_behind(swept, number):
         time.sleep(0.1)
     assert not any(map(alive, runs))
     if number == signal.SIGTERM:
-        assert process.returncode == 130 and stderr.count("\n") == 1 and "resumes" in stderr
+        assert process.returncode == 130 and stderr.endswith("resumes a run)\n")

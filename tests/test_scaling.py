@@ -265,9 +265,9 @@ def test_a_dry_run_refuses_what_must_fail_later(workplace, flags, words):
 def corpora_of(budgets, monkeypatch, **flags):
     """Return what load_corpora loads for these budgets, and the --data of the commands."""
     loaded = []
-    meta = {"train_bytes": 89e6, "bytes_per_token": 3.3}
     monkeypatch.setattr(sweep.data, "load", lambda source, *_: loaded.append(source) or
-                        SimpleNamespace(name=source, meta=dict(meta)))
+                        SimpleNamespace(name=source, meta={
+                            "train_bytes": 89e6 if source == "pysrc" else 1e12}))
     args = argparse.Namespace(budgets=budgets, widths=None, vocab=4096, context=512, data=None,
                               dry_run=False)
     vars(args).update(flags)

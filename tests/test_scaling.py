@@ -162,9 +162,6 @@ def test_every_published_run_by_the_rules_counts_as_done_and_no_other_setting_do
         assert sweep.find(spec, rows) is row
         for key in ("lr", "vocab_size", "context_bytes", "heads", "sha256", "seed"):
             assert sweep.find(spec | {key: "another"}, rows) is None
-    for row in rows:
-        if row not in used:
-            assert row["objective"] == "mdm" and row["flops_budget"] > 1e12
 
 
 # -----------------------------------------------------------------------------------------------

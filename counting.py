@@ -34,7 +34,7 @@ class Unigram(nn.Module):
         super().__init__()
         # A parameter, since evaluate asks for the device of one.
         self.p = nn.Parameter(torch.as_tensor(probabilities), requires_grad=False)
-        self.config = SimpleNamespace(vocab_size=len(probabilities))
+        self.config = SimpleNamespace(vocab_size=len(probabilities), patch=1)
 
     def probability(self, inputs, targets):
         return self.p[targets]

@@ -264,6 +264,7 @@ def best_runs(folders, budgets):
         if result is None or not (folder / "checkpoint.pt").exists():
             continue
         plain = result["tokenizer"] == "byte" and result["shuffle"] == result["span"] == 1
+        plain = plain and result.get("patch", 1) == 1
         if plain and (not budgets or result["flops_budget"] in budgets):
             key = result["objective"], result["flops_budget"]
             if key not in best or result["val_bpb"] < best[key][0]["val_bpb"]:

@@ -279,7 +279,7 @@ def surface_frontier(laws, C, vocab_size, context):
     """Return the lowest loss at each budget, over model widths: (S, K). context: in tokens."""
     # A Config without its integers: all widths at once, and the depths between whole ones too.
     shape = SimpleNamespace(width=WIDTHS, depth=np.maximum(2, WIDTHS / 64), context=context,
-                            padded_vocab=Config(vocab_size).padded_vocab)
+                            conv=0, patch=1, padded_vocab=Config(vocab_size).padded_vocab)
     N = WIDTHS * (16 * WIDTHS * shape.depth + 2 * shape.depth + 1)                      # (W,)
     D = C / flops_per_token(shape)[:, None]                                             # (W, K)
     return np.array([(E + A * N[:, None] ** -alpha + B * D**-beta).min(axis=0)

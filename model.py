@@ -8,11 +8,15 @@ and bidirectional for MDM; nothing else differs. Depth and heads follow from the
 
 One learning rate serves all widths (muP, arXiv 2203.03466, and CompleteP, arXiv 2505.01618). Three
 places see to it: Block (residual branches), Transformer (initialization), make_optimizer (rates).
+
+Two remedies for bytes are off by default. With conv = K each position also sees a weighted sum of K
+neighbours (Canon layers, arXiv 2512.17351). With patch = P the Transformer reads P tokens as one,
+and a Speller writes the tokens of each patch from left to right (MegaByte, arXiv 2305.07185).
 """
 import argparse
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -21,17 +25,24 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model. Raises ValueError unless the head dimension divides the width."""
+    """The shape of a model. Raises ValueError for a shape that cannot be."""
     vocab_size: int = 256
     context: int = 512                # tokens
     width: int = 128
     causal: bool = True               # True for AR, False for MDM
+    conv: int = 0                     # taps of the convolutions; 0: none
+    patch: int = 1                    # tokens that are read as one
 
     def __post_init__(self):
-        if min(self.vocab_size, self.context, self.width) < 1:
-            raise ValueError("vocabulary, context and width are at least 1")
+        if min(self.vocab_size, self.context, self.width, self.patch) < 1 or self.conv < 0:
+            raise ValueError("vocabulary, context, width and patch are at least 1")
         if self.width % self.head_dim:
             raise ValueError(f"width {self.width} is not a multiple of {self.head_dim}")
+        if self.conv > 0 and self.conv % 2 == 0 and not self.causal:
+            raise ValueError(f"a convolution of {self.conv} taps has no middle: take an odd number")
+        if self.context % self.patch or self.width % self.patch:
+            raise ValueError(f"patches of {self.patch} do not divide a context of {self.context} "
+                             f"tokens and width {self.width}")
 
     @property
     def depth(self):
@@ -66,10 +77,16 @@ def head_dim(width):
 def flops_per_token(config):
     """Return the training FLOPs per token, an int: 3 x forward, as PyTorch's profiler counts them.
 
-    forward = 2 x (weights in matrix products) + 4 x depth x width x context (attention, in full).
+    forward = 2 x (weights in matrix products) + 4 x depth x width x context (attention, in full),
+    and 2 x taps x width for each convolution. The trunk works once for a patch, the speller, one
+    more block, once for each token.
     """
-    weights = 16 * config.width**2 * config.depth + config.padded_vocab * config.width
-    return 3 * (2 * weights + 4 * config.depth * config.width * config.context)
+    width, patch = config.width, config.patch
+    layer = 2 * 16 * width**2 + 4 * width * (config.context // patch) + 4 * config.conv * width
+    forward = config.depth * layer // patch + 2 * config.padded_vocab * width
+    if patch > 1:
+        forward += 2 * 16 * width**2 + 4 * width * patch
+    return 3 * forward
 
 
 # -----------------------------------------------------------------------------------------------
@@ -117,6 +134,29 @@ class MLP(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+def has_bf16():
+    """Return whether there is a CUDA device that computes in bfloat16, not one that emulates it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class Convolution(nn.Module):
+    """Add to each position a weighted sum of K neighbours, channel by channel; at first nothing.
+
+    Causal: of itself and the K - 1 before it. Else of itself and (K - 1) / 2 on both sides.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        K = config.conv
+        self.padding = (K - 1, 0) if config.causal else (K // 2, K // 2)
+        self.weight = nn.Parameter(torch.zeros(config.width, 1, K))
+
+    def forward(self, x, cache=None):
+        y = x.transpose(1, 2)                                             # (B, D, T)
+        y = F.pad(y, self.padding) if cache is None else cache.extend(self, y)
+        return x + F.conv1d(y, self.weight, groups=x.size(2)).transpose(1, 2)
+
+
 class Block(nn.Module):
 
     def __init__(self, config):
@@ -125,31 +165,58 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.width)
         self.attention = Attention(config)
         self.mlp = MLP(config)
+        if config.conv:
+            self.attention_conv = Convolution(config)
+            self.mlp_conv = Convolution(config)
+        self.conv = config.conv > 0
         # Branches of order 1 / depth: the sum over layers keeps its size as depth grows with width.
         self.scale = 2 / config.depth
 
     def forward(self, x, cos, sin, cache=None):
-        x = x + self.scale * self.attention(self.attention_norm(x), cos, sin, cache)
-        return x + self.scale * self.mlp(self.mlp_norm(x))
+        h = self.attention_norm(x)
+        if self.conv:
+            h = self.attention_conv(h, cache)
+        x = x + self.scale * self.attention(h, cos, sin, cache)
+        h = self.mlp_norm(x)
+        if self.conv:
+            h = self.mlp_conv(h, cache)
+        return x + self.scale * self.mlp(h)
 
 
-def has_bf16():
-    """Return whether there is a CUDA device that computes in bfloat16, not one that emulates it."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+class Speller(nn.Module):
+    """A causal Block that reads, for each token of a patch, the trunk and the tokens before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size + 1, config.width)
+        self.place_embedding = nn.Embedding(config.patch, config.width)
+        self.block = Block(replace(config, causal=True, conv=0))
+
+    def forward(self, x, targets, cos, sin):
+        """Turn patches x (B, R, D) into their tokens (B, R P, D), given the targets (B, R P)."""
+        P = self.config.patch
+        before = F.pad(targets.reshape(-1, P)[:, :-1], (1, 0), value=self.config.vocab_size)
+        x = x.reshape(-1, 1, x.size(2)) + self.embedding(before) + self.place_embedding.weight
+        return self.block(x, cos[:P], sin[:P]).view(*targets.shape, -1)
 
 
 class Transformer(nn.Module):
-    """ids (B, T) in [0, vocab_size] -> logits (B, T, vocab_size). Id vocab_size is BOS or MASK."""
+    """ids (B, T) in [0, vocab_size] -> logits (B, T, vocab_size). Id vocab_size is BOS or MASK.
+
+    With patches the logits also depend on the targets before them in their own patch.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         # Emulated, as before Ampere (T4, V100), it would be slower than float32.
         self.bf16 = has_bf16()
-        self.embedding = nn.Embedding(config.vocab_size + 1, config.width)
+        self.embedding = nn.Embedding(config.vocab_size + 1, config.width // config.patch)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.padded_vocab, bias=False)
+        self.speller = Speller(config) if config.patch > 1 else None
 
         frequencies = 10000 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         angles = torch.arange(config.context)[:, None] * frequencies      # (T, d / 2)
@@ -159,41 +226,52 @@ class Transformer(nn.Module):
         # Activations of order 1 at every width. The head starts at zero: uniform predictions.
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                std = 1.0 if name == "embedding.weight" else weight.size(1) ** -0.5
+                std = 1.0 if "embedding" in name else weight.size(1) ** -0.5
                 nn.init.normal_(weight, std=std)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, ids, targets=None, cache=None):
         """Return the logits or, given targets (B, T), the loss of each token in nats: (B, T)."""
-        start = 0 if cache is None else cache.length
-        end = start + ids.size(1)
-        cos, sin = self.cos[start:end], self.sin[start:end]
-        # Not with a cache: cuDNN would plan its attention anew for each length.
-        bf16 = ids.is_cuda and self.bf16 and cache is None
-        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            x = self.embedding(ids)                                       # (B, T, D)
-            for block in self.blocks:
-                x = block(x, cos, sin, cache)
-            logits = self.head(self.norm(x))[..., :self.config.vocab_size]    # (B, T, V)
-        if cache is not None:
-            cache.length = end
+        logits = self.spell(self.read(ids, cache), targets)
         if targets is None:
             return logits
         nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         return nll.view_as(targets)
 
+    def read(self, ids, cache=None):
+        """Return what the trunk knows of ids (B, T) at each patch: (B, T / P, D)."""
+        start = 0 if cache is None else cache.length
+        end = start + ids.size(1) // self.config.patch
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        # Not with a cache: cuDNN would plan its attention anew for each length.
+        bf16 = ids.is_cuda and self.bf16 and cache is None
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            # The embeddings of a patch stand side by side.
+            x = self.embedding(ids).view(len(ids), end - start, self.config.width)
+            for block in self.blocks:
+                x = block(x, cos, sin, cache)
+        if cache is not None:
+            cache.length = end
+        return x
+
+    def spell(self, x, targets=None):
+        """Return the logits (B, T, V) of what read returned; patches need the targets (B, T)."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda and self.bf16):
+            if self.speller is not None:
+                x = self.speller(x, targets, self.cos, self.sin)          # (B, T, D)
+            return self.head(self.norm(x))[..., :self.config.vocab_size]
+
     def count_params(self, embedding=True):
-        """Return the number of parameters, with or without the embedding and the output head."""
-        total = sum(p.numel() for p in self.parameters())
-        if embedding:
-            return total
-        return total - self.embedding.weight.numel() - self.head.weight.numel()
+        """Return the number of parameters, with or without embeddings and the output head."""
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if embedding or not ("embedding" in name or name == "head.weight"))
 
 
 class KVCache:
     """The keys and values of all tokens that a causal model has read, for Transformer.forward.
 
-    It takes any number of tokens while it is empty, then one at a time.
+    It takes any number of tokens (with patches, of patches) while it is empty, then one at a time.
+    Of a convolution it keeps the last inputs.
     """
 
     def __init__(self, model, batch):
@@ -201,6 +279,7 @@ class KVCache:
         shape = (2, batch, config.heads, config.context, config.head_dim)
         self.length = 0
         self.kv = {block.attention: model.head.weight.new_empty(shape) for block in model.blocks}
+        self.inputs = {}
 
     def append(self, attention, k, v):
         """Store k and v (B, H, T, d). Return those of all tokens so far, (B, H, length + T, d)."""
@@ -210,6 +289,14 @@ class KVCache:
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
+    def extend(self, convolution, y):
+        """Return inputs y (B, D, T) behind the K - 1 before them, which are zero at the start."""
+        before = convolution.padding[0]
+        past = self.inputs.get(convolution, y.new_zeros(*y.shape[:2], before))
+        y = torch.cat([past, y], dim=2)
+        self.inputs[convolution] = y[:, :, y.size(2) - before:]
+        return y
+
 
 # -----------------------------------------------------------------------------------------------
 # The optimizer.
@@ -218,17 +305,20 @@ def make_optimizer(model, weight_decay=0.1):
     """Return AdamW whose groups have learning rates lr x group["scale"]: one lr for all widths.
 
     Adam moves every weight equally far, so a matrix with fan-in D moves its output D times as far:
-    its rate falls as 1 / width. Embeddings and norm weights act on one number each and keep theirs.
-    The factors of 10 were found by trial at width 64 and 1e12 FLOPs.
+    its rate falls as 1 / width. Embeddings, norms and convolutions act on few numbers each and keep
+    theirs. The factors of 10 were found by trial at width 64 and 1e12 FLOPs.
     """
     scale = 64 / model.config.width
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    norm_weights = [p for p in model.parameters() if p.dim() == 1]
+    named = dict(model.named_parameters())
+    embeddings = [p for name, p in named.items() if "embedding" in name]
+    matrices = [p for name, p in named.items()
+                if p.dim() == 2 and "embedding" not in name and name != "head.weight"]
+    others = [p for p in named.values() if p.dim() != 2]
     groups = [
         {"params": matrices, "scale": scale, "weight_decay": weight_decay},
         {"params": [model.head.weight], "scale": 10 * scale, "weight_decay": weight_decay},
-        {"params": [model.embedding.weight], "scale": 10, "weight_decay": 0.0},
-        {"params": norm_weights, "scale": 1, "weight_decay": 0.0},
+        {"params": embeddings, "scale": 10, "weight_decay": 0.0},
+        {"params": others, "scale": 1, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 

@@ -141,6 +141,8 @@ def arguments(doc):
     flag("--micro", type=COUNT, help="tokens in memory at once (default: by device)")
     flag("--lr", type=number(float, 1e-9, 1e3), help="peak learning rate (default: the tuned one)")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    flag("--conv", type=number(int, 0, 64), default=0, help="taps of a convolution (0: none)")
+    flag("--patch", type=COUNT, default=1, help="tokens that are read as one (1: no patches)")
     flag("--shuffle", type=COUNT, default=1, help="permute blocks of this many bytes (1: no)")
     flag("--out", type=path, help="run folder (default: named by the settings)")
     flag("--device", help="cpu, cuda or mps (default: the best there is)")
@@ -252,6 +254,14 @@ def choose_data(data, flops):
     return with_shards(data, bytes_needed(flops, default_width(flops), "bpe", 4096, 512))
 
 
+def make_config(args, objective, vocab_size, context, width):
+    """Return the Config of a run. Raise InputError if the flags make no model."""
+    try:
+        return Config(vocab_size, context, width, objective == "ar", args.conv, args.patch)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def whole_sequences(tokens, context):
     """Return the number of sequences of a context in a batch of about so many tokens.
 
@@ -308,11 +318,12 @@ def describe(objective, args, corpus, config, batch, steps, options):
         "flops_budget": args.flops, "width": config.width, "depth": config.depth,
         "heads": config.heads, "context_bytes": args.context, "context_tokens": config.context,
         "batch_tokens": batch * config.context, "steps": steps, "lr": args.lr, "seed": args.seed,
-        "shuffle": args.shuffle, "span": 1, "schedule": None,
+        "shuffle": args.shuffle, "span": 1, "schedule": None, "conv": args.conv,
+        "patch": args.patch,
         "corpus": {key: corpus.meta[key] for key in keys}} | options
     # The default folder is named by the settings, those aside that are as usual.
     usual = {"vocab": 4096, "context": 512, "batch": None, "lr": args.tuned_lr, "shuffle": 1,
-             "span": 1, "schedule": "linear"}
+             "span": 1, "schedule": "linear", "conv": 0, "patch": 1}
     name = f"{objective}-{args.tokenizer}-w{config.width}-c{args.flops:g}-s{args.seed}"
     for key, value in usual.items():
         if getattr(args, key, value) != value:
@@ -506,7 +517,9 @@ def load_model(folder, device="cpu"):
     if not all(tensor.isfinite().all() for tensor in saved["model"].values()):
         raise InputError(f"{folder / 'checkpoint.pt'} has weights that are not finite")
     causal = s["objective"] == "ar"
-    model = Transformer(Config(s["vocab_size"], s["context_tokens"], s["width"], causal))
+    # Runs from before these flags have neither.
+    remedies = s.get("conv", 0), s.get("patch", 1)
+    model = Transformer(Config(s["vocab_size"], s["context_tokens"], s["width"], causal, *remedies))
     model.load_state_dict(saved["model"])
     return model.to(device).eval(), s, Tokenizer.from_hex(saved["merges"])
 

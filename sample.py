@@ -60,20 +60,41 @@ def generate(model, ids, length, **options):
     For AR. The model reads BOS and the text. When the context is full, it reads the second half
     of it again, as if the text began there. options: those of pick.
     """
-    context = model.config.context
-    bos = ids.new_full((len(ids), 1), model.config.vocab_size)
+    context, P = model.config.context, model.config.patch
+    bos = ids.new_full((len(ids), P), model.config.vocab_size)
     text, cache = ids, None
     for _ in range(length):
+        # The tokens that its patch has already.
+        place = text.size(1) % P
         if text.size(1) >= context:
-            text, cache = text[:, text.size(1) - context // 2:], None
+            text, cache = text[:, text.size(1) - place - context // 2 // P * P:], None
+        whole = text.size(1) - place
         if cache is None:
             cache = KVCache(model, len(ids))
-            logits = model(torch.cat([bos, text], dim=1), cache=cache)              # (B, n, V)
-        else:
-            logits = model(text[:, -1:], cache=cache)                               # (B, 1, V)
-        chosen = pick(logits[:, -1], **options)                                     # (B,)
+            x = model.read(torch.cat([bos, text[:, :whole]], dim=1), cache)[:, -1:]
+        elif place == 0:
+            x = model.read(text[:, -P:], cache)                                     # (B, 1, D)
+        logits = model.spell(x, F.pad(text[:, whole:], (0, P - place)))             # (B, P, V)
+        chosen = pick(logits[:, place], **options)                                  # (B,)
         text = torch.cat([text, chosen[:, None]], dim=1)
         yield chosen
+
+
+def spell_out(model, x, **options):
+    """Return patches that are sampled given what the trunk knows, x (B, R, D), from left to right.
+
+    (B, R, P), and the log-probability of each patch: (B, R). options: those of pick.
+    """
+    P = model.config.patch
+    patches = torch.zeros(*x.shape[:2], P, dtype=torch.long, device=x.device)
+    log_p = torch.zeros(x.shape[:2], device=x.device)
+    for place in range(P):
+        logits = model.spell(x, patches.flatten(1))                                 # (B, R P, V)
+        logits = logits.view(*patches.shape, -1)[:, :, place]                       # (B, R, V)
+        chosen = pick(logits, **options)                                            # (B, R)
+        patches[:, :, place] = chosen
+        log_p += logits.float().log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
+    return patches, log_p
 
 
 @torch.inference_mode()
@@ -81,30 +102,31 @@ def fill(model, ids, masked, steps, order="random", generator=None, **options):
     """Fill the positions masked (T,) of sequences ids (B, T); yield the ids after each step.
 
     For MDM. All other positions are held fixed. Each step fills an equal share of the positions,
-    all at once and independently of each other. order "random" is ancestral sampling: with one
-    position a step it is exact. order "confident" first fills the positions whose sampled token
-    is the most likely. options: temperature and top_k.
+    all at once and independently of each other. With patches, patches take the place of positions,
+    and masked holds whole ones. order "random" is ancestral sampling: with one position a step it
+    is exact. order "confident" first fills the positions whose sample is the most likely. options:
+    temperature and top_k.
     """
-    special_id = model.config.vocab_size
-    ids = torch.where(masked, special_id, ids)
-    rank = torch.rand(ids.shape, generator=generator, device=ids.device)            # (B, T)
+    special_id, P = model.config.vocab_size, model.config.patch
+    ids = torch.where(masked, special_id, ids).view(len(ids), -1, P)                # (B, R, P)
+    masked = masked.view(-1, P)[:, 0]                                               # (R,)
+    rank = torch.rand(ids.shape[:2], generator=generator, device=ids.device)        # (B, R)
     total = int(masked.sum())
     steps = min(steps, total)
     for step in range(steps):
         count = total * (step + 1) // steps - total * step // steps
-        logits = model(ids)                                                         # (B, T, V)
-        done = ~masked | (ids != special_id)
+        x = model.read(ids.flatten(1))                                              # (B, R, D)
+        done = ~masked | (ids[:, :, 0] != special_id)
         if order == "random":
             positions = rank.masked_fill(done, -1).topk(count, dim=1).indices       # (B, count)
-            index = positions[..., None].expand(-1, -1, logits.size(-1))
-            chosen = pick(logits.gather(1, index), generator=generator, **options)
+            x = x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))
+            chosen, _ = spell_out(model, x, generator=generator, **options)
         else:
-            chosen = pick(logits, generator=generator, **options)                   # (B, T)
-            log_p = logits.float().log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
+            chosen, log_p = spell_out(model, x, generator=generator, **options)
             positions = log_p.masked_fill(done, -math.inf).topk(count, dim=1).indices
-            chosen = chosen.gather(1, positions)                                    # (B, count)
-        ids = ids.scatter(1, positions, chosen)
-        yield ids
+            chosen = chosen.gather(1, positions[..., None].expand(-1, -1, P))
+        ids = ids.scatter(1, positions[..., None].expand(-1, -1, P), chosen)
+        yield ids.flatten(1)
 
 
 def diffuse(model, ids, length, steps, order="random", block=BLOCK, **options):
@@ -115,14 +137,16 @@ def diffuse(model, ids, length, steps, order="random", block=BLOCK, **options):
     right, each with its share of the steps, and at least half a context before it is visible
     (if the text has as much). steps are those of a whole context.
     """
-    context, special_id = model.config.context, model.config.vocab_size
+    context, special_id, P = model.config.context, model.config.vocab_size, model.config.patch
+    # Whole patches.
+    half, block = context // 2 // P * P, max(P, block // P * P)
     start, end = ids.size(1), ids.size(1) + length
     text = F.pad(ids, (0, length), value=special_id)
     whole = order != "blocks" and end <= context
     while start < end:
-        stop = end if whole else min(start + min(block, context // 2), end)
+        stop = end if whole else min(start + min(block, half), end)
         share = steps if whole else max(1, steps * (stop - start) // context)
-        first = max(0, min(start - context // 2, end - context))
+        first = max(0, min(start - half, end - context))
         sequence = text[:, first:first + context]
         sequence = F.pad(sequence, (0, context - sequence.size(1)), value=special_id)
         masked = torch.zeros(context, dtype=torch.bool, device=ids.device)
@@ -203,6 +227,10 @@ def write(model, tokenizer, args, options):
     if length is None:
         length = context - len(prompt) if len(prompt) < context else context // 2
     prompts = prompt.expand(args.samples, -1)                                       # (B, n)
+    P = model.config.patch
+    if not model.config.causal and (len(prompt) % P or length % P):
+        raise InputError(f"this MDM writes patches of {P}: the tokens of --prompt ({len(prompt)}) "
+                         f"and --length ({length}) must be multiples of {P}")
     if not model.config.causal:
         steps = args.steps or context
         texts_by_step = diffuse(model, prompts, length, steps, args.order or "random", **options)
@@ -231,6 +259,10 @@ def infill(model, tokenizer, args, options):
     # Behind the text the sequence is MASK and stays so.
     rest = context - len(ids)
     masked = F.pad(ids == special_id, (0, rest))
+    hidden = F.pad(ids == special_id, (0, rest), value=True).view(-1, model.config.patch)
+    if (hidden.any(dim=1) != hidden.all(dim=1)).any():
+        raise InputError(f"this MDM fills patches of {model.config.patch} tokens: the gaps and the "
+                         "text of --infill must be whole ones, counted from its beginning")
     sequences = F.pad(ids, (0, rest), value=special_id).expand(args.samples, -1)    # (B, T)
     steps = args.steps or int(masked.sum())
     sequences_by_step = fill(model, sequences, masked, steps, args.order or "random", **options)
@@ -248,20 +280,26 @@ def token_bits(model, ids, masks=MASKS):
     AR: exact. MDM: the token's part of the bound, by the mean over random masks of each sequence,
     with the number of masked tokens stratified.
     """
-    special_id = model.config.vocab_size
+    special_id, P = model.config.vocab_size, model.config.patch
     parts = []
-    for i, sequence in enumerate(ids.split(model.config.context)):
+    # The last patch is made whole with zeros. Behind the text, they change nothing for AR.
+    padded = F.pad(ids, (0, -len(ids) % P))
+    for i, sequence in enumerate(padded.split(model.config.context)):
         if model.config.causal:
-            inputs, weights = train_ar.corrupt(sequence[None], special_id)
+            inputs, weights = train_ar.corrupt(sequence[None], special_id, patch=P)
         else:
             copies = sequence.expand(masks, -1)                                     # (masks, T)
-            inputs, weights = train_mdm.corrupt(copies, special_id, run.generator(0, i))
+            inputs, weights = train_mdm.corrupt(copies, special_id, run.generator(0, i), span=P)
         nll = []
         for piece in inputs.split(16):
             nll.append(model(piece, sequence.expand(len(piece), -1)))
         nats = (weights.to(ids.device) * torch.cat(nll)).mean(dim=0)                # (T,)
         parts.append(nats / math.log(2))
-    return torch.cat(parts)
+    bits = torch.cat(parts)
+    if not model.config.causal:
+        # Of MDM the bound is one of the text with its zeros.
+        bits[len(ids) - 1] += bits[len(ids):].sum()
+    return bits[:len(ids)]
 
 
 def shade(raw, bits):

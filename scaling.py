@@ -58,7 +58,7 @@ def by_the_rules(row):
     batch = train.batch_tokens(row["flops_budget"], row["tokenizer"])
     return (row["batch_tokens"] == tokens * run.whole_sequences(batch, tokens)
             and row["lr"] == train.LEARNING_RATE[row["tokenizer"]]
-            and row["shuffle"] == row["span"] == 1 and row["schedule"] in ("", "linear"))
+            and not sweep.unusual(row))
 
 
 def read_baselines(path, row):

@@ -35,12 +35,14 @@ WIDTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1344, 1664,
 SETTINGS = {"objective": str, "tokenizer": str, "vocab_size": int, "flops_budget": float,
             "width": int, "heads": int, "seed": int, "lr": float, "batch_tokens": int,
             "context_bytes": int, "context_tokens": int, "shuffle": int, "span": int,
-            "schedule": str, "corpus": str, "sha256": str}
+            "schedule": str, "corpus": str, "sha256": str, "conv": int, "patch": int}
 RESULTS = {"steps": int, "tokens": int, "bytes": int, "params": int, "params_non_embedding": int,
            "flops_spent": float, "val_bpb": float, "val_bpb_stderr": float, "val_bpb_span1": float,
            "val_bpb_span1_stderr": float, "val_bytes": int, "seconds": float, "device": str,
            "torch": str}
 COLUMNS = SETTINGS | RESULTS
+# What these settings are in tables without their columns.
+DEFAULTS = {"conv": "0", "patch": "1"}
 # What a row can do without: not every run has them.
 OPTIONAL = {"val_bpb_stderr", "val_bpb_span1", "val_bpb_span1_stderr", "seconds", "device", "torch"}
 
@@ -55,17 +57,24 @@ def bracket(objective, flops, count=4):
     return sorted(nearest[:count])
 
 
-def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=None, shuffle=1,
-             span=1):
+def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=None, **flags):
     """Return the settings of a run, a dict with the keys of SETTINGS, as its row will have them.
 
     lr and batch (tokens): the tuned ones, unless given. corpora: as load_corpora returns them.
+    flags: shuffle, span, schedule, conv, patch.
     Raises InputError if the budget does not pay for a step.
     """
     objective, tokenizer = configuration
     corpus, train = corpora[tokenizer], TRAIN[objective]
     tokens = corpus.tokens(args.context)
-    config = Config(corpus.tokenizer.vocab_size, tokens, width)
+    usual = {"shuffle": 1, "span": 1, "schedule": "linear", "conv": 0, "patch": 1} | flags
+    if objective == "ar":
+        usual["schedule"] = ""
+    elif usual["patch"] > 1:
+        # A patch is masked whole.
+        usual["span"] = usual["patch"]
+    config = Config(corpus.tokenizer.vocab_size, tokens, width, objective == "ar", usual["conv"],
+                    usual["patch"])
     batch = batch or train.batch_tokens(flops, tokenizer)
     batch_tokens = tokens * run.whole_sequences(batch, tokens)
     if flops < flops_per_token(config) * batch_tokens:
@@ -75,9 +84,8 @@ def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=No
     return {"objective": objective, "tokenizer": tokenizer, "vocab_size": config.vocab_size,
             "flops_budget": float(flops), "width": width, "heads": config.heads, "seed": seed,
             "lr": lr or train.LEARNING_RATE[tokenizer], "batch_tokens": batch_tokens,
-            "context_bytes": args.context, "context_tokens": tokens, "shuffle": shuffle,
-            "span": span, "schedule": "" if objective == "ar" else "linear",
-            "corpus": corpus.name, "sha256": corpus.meta["sha256"]}
+            "context_bytes": args.context, "context_tokens": tokens, "corpus": corpus.name,
+            "sha256": corpus.meta["sha256"]} | usual
 
 
 def load_corpora(args):
@@ -121,13 +129,25 @@ def exact(number):
     return short(f"{number:g}" if float(f"{number:g}") == number else repr(number))
 
 
+def unusual(spec):
+    """Return the flags of a run that differ from the study's."""
+    flags = {key: spec[key] for key in ("shuffle", "patch") if spec[key] > 1}
+    if spec["conv"] > 0:
+        flags["conv"] = spec["conv"]
+    if spec["span"] > 1 and spec["patch"] == 1:
+        flags["span"] = spec["span"]
+    if spec["schedule"] not in ("", "linear"):
+        flags["schedule"] = spec["schedule"]
+    return flags
+
+
 def label(spec):
     """Return the name of a run's folder."""
     size = spec["vocab_size"] if spec["tokenizer"] == "bpe" else ""
     name = (f"{spec['objective']}-{spec['tokenizer']}{size}-w{spec['width']}"
             f"-c{exact(spec['flops_budget'])}-t{spec['context_bytes']}-b{spec['batch_tokens']}"
             f"-lr{exact(spec['lr'])}-s{spec['seed']}")
-    name += "".join(f"-{key}{spec[key]}" for key in ("shuffle", "span") if spec[key] > 1)
+    name += "".join(f"-{key}{value}" for key, value in unusual(spec).items())
     return name if spec["corpus"] == "pysrc" else f"{name}-{spec['corpus']}"
 
 
@@ -140,7 +160,7 @@ def command(spec, args, out):
              "seed": spec["seed"], "context": spec["context_bytes"], "data": args.data, "out": out}
     if spec["tokenizer"] == "bpe":
         flags["vocab"] = spec["vocab_size"]
-    flags |= {key: spec[key] for key in ("shuffle", "span") if spec[key] > 1}
+    flags |= unusual(spec)
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     return [*(launcher if args.nproc > 1 else []), script, *words]
 
@@ -154,13 +174,14 @@ def parse(line):
         raise ValueError("it is not a run of ours")
     row = dict(line)
     for key, kind in COLUMNS.items():
+        text = line.get(key) or DEFAULTS.get(key, "")
         try:
-            row[key] = None if key in OPTIONAL and line[key] == "" else kind(line[key])
+            row[key] = None if key in OPTIONAL and text == "" else kind(text)
         except ValueError:
-            raise ValueError(f"{key} is {line[key]!r}") from None
-        smallest = 0 if key == "seed" else 1e-12
+            raise ValueError(f"{key} is {text!r}") from None
+        smallest = 0 if key in ("seed", "conv") else 1e-12
         if kind is not str and key not in OPTIONAL and not smallest <= row[key] <= 1e40:
-            raise ValueError(f"{key} is {line[key]}")
+            raise ValueError(f"{key} is {text}")
     return row
 
 
@@ -179,7 +200,8 @@ def read_table(path):
             numbered = [(table.line_num, line) for line in table]
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a table of runs: {error}") from None
-    if missing := [key for key in COLUMNS if key not in (table.fieldnames or ())]:
+    known = {*DEFAULTS, *(table.fieldnames or ())}
+    if missing := [key for key in COLUMNS if key not in known]:
         raise InputError(f"{path} is not a table of runs: it has no column {missing[0]}")
     for number, line in numbered:
         lines.append(line)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import data
 import run
-from model import Config, Transformer, flops_per_token, make_optimizer
+from model import Transformer, flops_per_token, make_optimizer
 
 OBJECTIVE = "ar"
 # Tuned at 1e12 FLOPs and width 32 (results/README.md). One learning rate serves all widths.
@@ -35,20 +35,21 @@ def batch_tokens(flops, tokenizer):
 # -----------------------------------------------------------------------------------------------
 # The objective.
 
-def corrupt(ids, special_id, generator=None):
+def corrupt(ids, special_id, generator=None, patch=1):
     """Return what the model reads of sequences ids (B, T), and the weight of each token's loss.
 
-    AR reads [BOS, x_1 .. x_{T-1}] to predict x_1 .. x_T. Every token counts once.
+    AR reads [BOS, x_1 .. x_{T-1}] to predict x_1 .. x_T. Every token counts once. With --patch the
+    sequence is read one patch late: the model spells each patch from left to right.
     """
-    bos = torch.full_like(ids[:, :1], special_id)
-    inputs = torch.cat([bos, ids[:, :-1]], dim=1)                                       # (B, T)
+    bos = torch.full_like(ids[:, :patch], special_id)
+    inputs = torch.cat([bos, ids[:, :-patch]], dim=1)                                   # (B, T)
     weights = torch.ones(ids.shape, device=ids.device)                                  # (B, T)
     return inputs, weights
 
 
 def loss(model, ids, generator=None):
     """Return the mean loss in nats per token of sequences ids (B, T): the exact likelihood."""
-    inputs, weights = corrupt(ids, model.config.vocab_size, generator)
+    inputs, weights = corrupt(ids, model.config.vocab_size, generator, model.config.patch)
     return (weights * model(inputs, ids)).mean()
 
 
@@ -60,7 +61,7 @@ def evaluate(model, sequences, bytes_per_id):
     """
     device = next(model.parameters()).device
     ids = torch.from_numpy(sequences)
-    inputs, weights = corrupt(ids, model.config.vocab_size)
+    inputs, weights = corrupt(ids, model.config.vocab_size, patch=model.config.patch)
     # Few sequences at once are fastest on a CPU, many on a GPU.
     size = 4 if device.type == "cpu" else max(4, 16384 // ids.size(1))
     nll = [model(inputs[i:i + size].to(device), ids[i:i + size].to(device)).cpu()
@@ -87,7 +88,7 @@ def lr_schedule(step, steps):
 def main():
     # Settings.
     args = run.arguments(__doc__).parse_args()
-    options = {}
+    options = {"patch": args.patch}
     rank, world_size, device = run.setup(args, LEARNING_RATE)
 
     # The data: sequences of the same number of bytes for both tokenizers.
@@ -99,7 +100,7 @@ def main():
 
     # The run: budget, width and batch fix the number of steps.
     width = args.width or run.default_width(args.flops, WIDTH)
-    config = Config(tokenizer.vocab_size, context, width, causal=OBJECTIVE == "ar")
+    config = run.make_config(args, OBJECTIVE, tokenizer.vocab_size, context, width)
     batch, steps = run.count_steps(args, batch_tokens(args.flops, args.tokenizer), config)
     # A small budget gets a small validation; before the last one, 1/16 of the text is read.
     val_count = max(16, min(VAL_BYTES // args.context, 2 * steps * batch))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 import run
-from model import Config, Transformer, flops_per_token, make_optimizer
+from model import Transformer, flops_per_token, make_optimizer
 
 OBJECTIVE = "mdm"
 # Tuned at 1e12 FLOPs and width 32 (results/README.md). One learning rate serves all widths.
@@ -38,11 +38,16 @@ def batch_tokens(flops, tokenizer):
 # -----------------------------------------------------------------------------------------------
 # The objective.
 
+# bell: a normal distribution of mask rates, cut off at 0 and 1 (arXiv 2605.13026).
+MEAN, SD = 0.5, 0.2
+TAIL = torch.special.ndtr(torch.tensor(-MEAN / SD, dtype=torch.float64))
 # name -> (mask rate m(u) at time u, its inverse)
 SCHEDULES = {
     "linear": (lambda u: u, lambda m: m),
     "cosine": (lambda u: torch.cos(math.pi / 2 * (1 - u)),
                lambda m: 1 - 2 / math.pi * torch.acos(m)),
+    "bell": (lambda u: MEAN + SD * torch.special.ndtri(TAIL + u * (1 - 2 * TAIL)),
+             lambda m: (torch.special.ndtr((m - MEAN) / SD) - TAIL) / (1 - 2 * TAIL)),
 }
 
 
@@ -74,6 +79,7 @@ def corrupt(ids, special_id, generator, schedule="linear", span=1):
 
 def loss(model, ids, generator, schedule="linear", span=1):
     """Return the mean loss in nats per token of sequences ids (B, T): unbiased for the bound."""
+    span = max(span, model.config.patch)
     inputs, weights = corrupt(ids, model.config.vocab_size, generator, schedule, span)
     return (weights * model(inputs, ids)).mean()
 
@@ -83,8 +89,10 @@ def evaluate(model, sequences, bytes_per_id, span=1, seed=0):
     """Return the bits per byte of sequences, and their standard error (nan for one sequence).
 
     sequences: an array of ids (N, T). bytes_per_id: (vocab_size,). The bound is the same for all
-    schedules. k is spread evenly over the sequences, in random order.
+    schedules. k is spread evenly over the sequences, in random order. A patch is masked whole or
+    not at all: with single tokens of it masked there would be no bound.
     """
+    span = max(span, model.config.patch)
     device = next(model.parameters()).device
     # The same masks for all models, so that they can be compared.
     generator = torch.Generator().manual_seed(seed)
@@ -121,7 +129,9 @@ def main():
                         help="how the mask rate follows the time")
     parser.add_argument("--span", type=run.COUNT, default=1, help="mask spans of so many tokens")
     args = parser.parse_args()
-    options = {"schedule": args.schedule, "span": args.span}
+    if args.span > 1 and args.patch > 1:
+        raise data.InputError("--span and --patch do not go together: a patch is masked whole")
+    options = {"schedule": args.schedule, "span": max(args.span, args.patch)}
     rank, world_size, device = run.setup(args, LEARNING_RATE)
 
     # The data: sequences of the same number of bytes for both tokenizers.
@@ -135,7 +145,7 @@ def main():
 
     # The run: budget, width and batch fix the number of steps.
     width = args.width or run.default_width(args.flops, WIDTH)
-    config = Config(tokenizer.vocab_size, context, width, causal=OBJECTIVE == "ar")
+    config = run.make_config(args, OBJECTIVE, tokenizer.vocab_size, context, width)
     batch, steps = run.count_steps(args, batch_tokens(args.flops, args.tokenizer), config)
     # A small budget gets a small validation; before the last one, 1/16 of the text is read.
     val_count = max(16, min(VAL_BYTES // args.context, 2 * steps * batch))

@@ -68,6 +68,65 @@ def test_flops_are_what_the_profiler_counts(width, vocab_size, context, causal):
     assert counter.get_total_flops() == flops * 3 * context
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+@pytest.mark.parametrize("conv", [0, 3, 4, 7])
+def test_flops_of_patches_and_convolutions_are_what_the_profiler_counts(patch, conv, causal):
+    if conv == 4 and not causal:
+        pytest.skip("MDM takes an odd number of taps")
+    config = model.Config(300, 64, 64, causal, conv, patch)
+    with torch.device("meta"):
+        net = model.Transformer(config)
+        ids = torch.zeros(3, 64, dtype=torch.long)
+    # Forward times three: the profiler overcounts the backward pass of a grouped convolution.
+    with FlopCounterMode(display=False) as counter:
+        net(ids, ids)
+    assert 3 * counter.get_total_flops() == model.flops_per_token(config) * 3 * 64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("patch", [2, 4])
+@pytest.mark.parametrize("conv", [0, 3])
+def test_patches_and_convolutions_see_what_they_may_and_no_more(patch, conv, causal):
+    T = 8
+    config = model.Config(7, T, 32, causal, conv, patch)
+    net = random_model(config)
+    for name, parameter in net.named_parameters():
+        if "conv" in name:
+            # Zero at the start.
+            torch.nn.init.normal_(parameter)
+    ids, targets = torch.randint(7, (2, 1, T))
+    place, row = torch.arange(T), torch.arange(T) // patch
+    may_read = (row[None] <= row[:, None]) if causal else torch.ones(T, T, dtype=torch.bool)
+    may_spell = (row[None] == row[:, None]) & (place[None] < place[:, None])
+    logits = net.spell(net.read(ids), targets)[0]
+    for j in range(T):
+        other, spelled = ids.clone(), targets.clone()
+        other[0, j] = (ids[0, j] + 1) % 7
+        spelled[0, j] = (targets[0, j] + 1) % 7
+        changed = (net.spell(net.read(other), targets)[0] != logits).any(dim=1)
+        assert (changed == may_read[:, j]).all()
+        changed = (net.spell(net.read(ids), spelled)[0] != logits).any(dim=1)
+        assert (changed == may_spell[:, j]).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal, taps", [(True, 3), (True, 4), (False, 5)])
+def test_a_convolution_is_the_sum_over_its_neighbours(causal, taps):
+    layer = model.Convolution(model.Config(width=8, causal=causal, conv=taps))
+    x = torch.randn(1, 9, 8)
+    assert torch.equal(layer(x), x)
+    torch.nn.init.normal_(layer.weight)
+    first = -(taps - 1) if causal else -(taps // 2)
+    expected = x.clone()
+    for t in range(9):
+        for k in range(taps):
+            if 0 <= t + first + k < 9:
+                expected[0, t] += layer.weight[:, 0, k] * x[0, t + first + k]
+    torch.testing.assert_close(layer(x), expected)
+
+
 @pytest.mark.parametrize("width, depth, heads", [
     (8, 2, 1), (16, 2, 1), (32, 2, 2), (96, 2, 6), (224, 3, 7), (256, 4, 4), (1664, 26, 26)])
 def test_the_shape_follows_from_the_width(width, depth, heads):
@@ -160,3 +219,17 @@ def test_the_speed_of_a_known_card_is_that_of_its_data_sheet(monkeypatch, name, 
     peak = model.peak_flops(torch.device("cuda"))
     assert math.isnan(peak) if tflops is None else peak == tflops * 1e12
     assert math.isnan(model.peak_flops(torch.device("cpu")))
+
+
+@torch.no_grad()
+def test_the_cache_keeps_what_convolutions_and_patches_need():
+    config = model.Config(context=24, width=64, conv=4, patch=2)
+    net, ids = random_model(config), torch.randint(256, (3, 24))
+    for block in net.blocks:
+        torch.nn.init.normal_(block.attention_conv.weight)
+        torch.nn.init.normal_(block.mlp_conv.weight)
+    cache = model.KVCache(net, 3)
+    parts = [net.read(ids[:, :6], cache)]
+    parts += [net.read(ids[:, t:t + 2], cache) for t in range(6, 24, 2)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), net.read(ids), rtol=1e-4, atol=1e-4)
+    assert cache.length == 12

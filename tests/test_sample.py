@@ -24,11 +24,15 @@ from model import Config, Transformer
 MASK = "\u2591"
 
 
-def random_model(causal, vocab_size=11, context=12):
+def random_model(causal, vocab_size=11, context=12, **remedies):
     """Return a small model whose predictions are not uniform."""
     torch.manual_seed(0)
-    model = Transformer(Config(vocab_size, context, width=32, causal=causal)).eval()
+    model = Transformer(Config(vocab_size, context, 32, causal, **remedies)).eval()
     torch.nn.init.normal_(model.head.weight, std=0.2)
+    for name, parameter in model.named_parameters():
+        if "conv" in name:
+            # Zero at the start.
+            torch.nn.init.normal_(parameter)
     return model
 
 
@@ -107,12 +111,15 @@ def test_ancestral_sampling_in_random_order_has_its_exact_joint():
 
 class Table:
     """An ideal MDM: all conditionals of one known joint distribution of three tokens."""
-    config = SimpleNamespace(vocab_size=3, context=3)
+    config = SimpleNamespace(vocab_size=3, context=3, patch=1)
 
     def __init__(self):
         self.joint = np.random.default_rng(0).dirichlet(np.ones(27)).reshape(3, 3, 3)
 
-    def __call__(self, ids):
+    def spell(self, x, targets):
+        return x
+
+    def read(self, ids):
         logits = np.empty((len(ids), 3, 3))
         for row, x in enumerate(ids.tolist()):
             seen = tuple([i] if i < 3 else range(3) for i in x)
@@ -121,6 +128,43 @@ class Table:
                 others = tuple(j for j in range(3) if j != i)
                 logits[row, i] = np.log(part.sum(axis=others) / part.sum())
         return torch.from_numpy(logits)
+
+
+@torch.no_grad()
+def test_ancestral_sampling_of_patches_has_its_exact_joint():
+    model = random_model(False, 2, 4, patch=2)
+    sequences = torch.tensor(list(itertools.product(range(2), repeat=4)))
+
+    def likelihood(ids, masked, predicted):
+        inputs = torch.where(masked, 2, ids)
+        return math.exp(-(model(inputs[None], ids[None])[0] * predicted).sum().item())
+
+    both, first = torch.tensor([True] * 4), torch.tensor([True, True, False, False])
+    exact = [0.5 * (likelihood(ids, both, first) * likelihood(ids, ~first, ~first)
+                    + likelihood(ids, both, ~first) * likelihood(ids, first, first))
+             for ids in sequences]
+    exact = np.array(exact).reshape(2, 2, 2, 2)
+    generator = torch.Generator().manual_seed(0)
+    empty = torch.empty(4000, 0, dtype=torch.long)
+    *_, ids = sample.diffuse(model, empty, 4, 2, generator=generator)
+    # 15 degrees of freedom: above 37.7 once in 1,000 times.
+    assert exact.sum() == pytest.approx(1) and chi_squared(ids, exact) < 37.7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", [0, 1, 4, 7])
+def test_a_model_with_patches_and_convolutions_writes_what_it_predicts(prompt):
+    model = random_model(True, 5, 12, patch=2, conv=3)
+    text = torch.randint(5, (2, prompt))
+    for chosen in sample.generate(model, text, 12 - prompt, temperature=0):
+        n = text.size(1)
+        ids = torch.nn.functional.pad(text, (0, 12 - n))
+        inputs, _ = train_ar.corrupt(ids, 5, patch=2)
+        logits = model.spell(model.read(inputs), ids)[:, n]
+        assert (chosen == logits.argmax(dim=-1)).all()
+        text = torch.cat([text, chosen[:, None]], dim=1)
+    # Longer than the context.
+    assert len(list(sample.generate(model, text, 9))) == 9
 
 
 def test_infilling_keeps_what_is_given_and_follows_bayes():
@@ -300,6 +344,29 @@ def test_any_file_is_scored(folder, call, monkeypatch):
     assert call("runs/ar-byte", "--score", "-") == line
     bound = call("runs/mdm-bpe", "--score", "some.txt")
     assert "bound" in bound and 2 < float(bound.split()[0]) < 9
+
+
+@pytest.fixture(scope="module")
+def patched(folder):
+    """Train tiny models with patches of 4 and convolutions."""
+    for objective in ("ar", "mdm"):
+        done = here(folder, f"train_{objective}.py", "--data", "text.txt", "--flops", 1e9,
+                    "--width", 16, "--context", 64, "--patch", 4, "--conv", 3,
+                    "--out", f"patched/{objective}")
+        assert done.returncode == 0, done.stderr
+        result = json.loads((folder / f"patched/{objective}/result.json").read_text())
+        assert (result["patch"], result["conv"]) == (4, 3)
+
+
+def test_models_with_patches_write_fill_and_score(patched, call):
+    for objective in ("ar", "mdm"):
+        assert call(f"patched/{objective}", "--prompt", "abcd", "--length", 8).startswith("abcd")
+        assert "bits per byte" in call(f"patched/{objective}", "--score", "text.txt")
+    assert call("patched/ar", "--prompt", "abc", "--length", 7).startswith("abc")
+    filled = call("patched/mdm", "--infill", "abcd____efgh")
+    assert filled.startswith("abcd") and filled.rstrip("\n").endswith("efgh")
+    assert "multiples of 4" in call("patched/mdm", "--prompt", "abc", "--length", 8)
+    assert "whole ones" in call("patched/mdm", "--infill", "ab____cdefgh")
 
 
 def test_bad_input_is_one_line(folder, call):

@@ -5,17 +5,17 @@
 #     bash tests/accept.sh 2      # the GPU trains like the CPU; the study at 1e14 and 1e15
 #     bash tests/accept.sh 3      # needs a network: the study at 1e16 on c4, and enwik8
 #
-# What it prints goes into accept/N.txt too. A part that is cut off resumes where it was.
+# What it prints goes into runs/accept/N.txt too. A part that is cut off resumes where it was.
 set -uo pipefail
 export PYTHONUNBUFFERED=1
 part=${1:-}
-mkdir -p accept
+mkdir -p runs/accept
 
 say() { echo "== $(date +%T) $*"; }
 
 # Start a run, stop it as soon as it has saved, and resume it.
 stop_and_resume() {
-    local out=accept/stopped
+    local out=runs/accept/stopped
     local command=(python train_ar.py --flops 1e16 --data pysrc --out $out)
     timeout 200 "${command[@]}" > $out.txt 2>&1 &
     local run=$!
@@ -34,7 +34,7 @@ part1() {
     say profile; timeout 60 python tests/gpu.py profile
     say "the default command"; timeout 150 python train_ar.py
     say "a run stopped after its first checkpoint, and resumed"; stop_and_resume
-    say sample; timeout 60 python sample.py accept/stopped --prompt "def "
+    say sample; timeout 60 python sample.py runs/accept/stopped --prompt "def "
 }
 
 part2() {
@@ -42,23 +42,23 @@ part2() {
     for objective in ar mdm; do
         for device in cpu cuda; do
             timeout 120 python train_$objective.py --tokenizer bpe --flops 1e12 --device $device \
-                --out accept/parity-$objective-$device | tail -1
+                --out runs/accept/parity-$objective-$device | tail -1
         done
     done
     say "the study at 1e14 and 1e15, on pysrc"
-    timeout -s TERM 170 python scaling.py --budgets 1e14 --jobs 6 --out accept/pysrc | tail -20
-    timeout -s TERM 290 python scaling.py --budgets 1e15 --jobs 6 --out accept/pysrc | tail -20
+    timeout -s TERM 170 python scaling.py --budgets 1e14 --jobs 6 --out runs/accept/pysrc | tail -20
+    timeout -s TERM 290 python scaling.py --budgets 1e15 --jobs 6 --out runs/accept/pysrc | tail -20
 }
 
 part3() {
     say "bits per byte on enwik8, to set beside nanoGPT's"
-    timeout -s TERM 200 python train_ar.py --data enwik8 --flops 1e16 --out accept/enwik8 | tail -1
+    timeout -s TERM 200 python train_ar.py --data enwik8 --flops 1e16 --out runs/accept/enwik8 | tail -1
     say "the study at 1e16: another text, another table"
     timeout -s TERM 500 python scaling.py --data c4 --budgets 1e16 --widths 256 --jobs 4 \
-        --out accept/c4 | tail -20
+        --out runs/accept/c4 | tail -20
 }
 
 case $part in
-    1 | 2 | 3) "part$part" 2>&1 | tee -a "accept/$part.txt" ;;
+    1 | 2 | 3) "part$part" 2>&1 | tee -a "runs/accept/$part.txt" ;;
     *) sed -n '2,8s/^# \{0,1\}//p' "$0" ;;
 esac

@@ -52,7 +52,8 @@ part2() {
 
 part3() {
     say "bits per byte on enwik8, to set beside nanoGPT's"
-    timeout -s TERM 200 python train_ar.py --data enwik8 --flops 1e16 --out runs/accept/enwik8 | tail -1
+    timeout -s TERM 200 python train_ar.py --data enwik8 --flops 1e16 --out runs/accept/enwik8 \
+        | tail -1
     say "the study at 1e16: another text, another table"
     timeout -s TERM 500 python scaling.py --data c4 --budgets 1e16 --widths 256 --jobs 4 \
         --out runs/accept/c4 | tail -20

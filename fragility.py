@@ -72,7 +72,7 @@ def plan(args, corpora):
             widths = args.widths or sweep.bracket(configuration[0], flops, 1)
             for level in levels(args.study, configuration, corpus, args.context):
                 specs += [sweep.settings(configuration, flops, width, seed, args, corpora,
-                                           **{args.study: level})
+                                         **{args.study: level})
                           for width in widths for seed in args.seeds]
     return specs
 
@@ -263,9 +263,10 @@ def best_runs(folders, budgets):
         result = run.read(folder / "result.json")
         if result is None or not (folder / "checkpoint.pt").exists():
             continue
-        plain = result["tokenizer"] == "byte" and result["shuffle"] == result["span"] == 1
-        plain = plain and result.get("patch", 1) == 1
-        if plain and (not budgets or result["flops_budget"] in budgets):
+        result = run.PLAIN | result
+        plain = result["shuffle"] == result["span"] == result["patch"] == 1
+        wanted = plain and result["tokenizer"] == "byte"
+        if wanted and (not budgets or result["flops_budget"] in budgets):
             key = result["objective"], result["flops_budget"]
             if key not in best or result["val_bpb"] < best[key][0]["val_bpb"]:
                 best[key] = result, folder

@@ -76,12 +76,19 @@ def interpolated_gap(byte_budgets, byte, bpe_budgets, bpe):
     Between two budgets log loss is a straight line in log C. inf where bytes do not reach the loss
     of BPE within their budgets. Where they had it before their first, G is at most what is given.
     """
-    log_c = np.log(byte_budgets)
-    # np.interp wants increasing numbers, and more compute never makes the best loss worse.
+    # More compute never makes the best loss worse.
     byte = np.minimum.accumulate(byte, axis=1)
-    log_c_byte = [np.interp(-np.log(low), -np.log(high), log_c, right=np.inf)
-                  for low, high in zip(bpe, byte, strict=True)]
-    return np.exp(np.array(log_c_byte) - np.log(bpe_budgets))
+    return np.exp(log_compute(np.log(bpe), np.log(byte), byte_budgets) - np.log(bpe_budgets))
+
+
+def log_compute(wanted, losses, C):
+    """Return ln of the compute at which losses (S, J), falling in C (J,), reach wanted (S, K).
+
+    (S, K), inf if beyond C[-1], and at least ln C[0].
+    """
+    # np.interp wants increasing numbers.
+    return np.array([np.interp(-low, -high, np.log(C), right=np.inf)
+                     for low, high in zip(wanted, losses, strict=True)])
 
 
 def trend(C, G):
@@ -98,20 +105,28 @@ def grid_of(values):
     return np.stack(np.meshgrid(values, values), axis=-1).reshape(-1, 2)
 
 
+def power_terms(N, D, exponents):
+    """Return N^-alpha and D^-beta of runs N, D (n,) for exponents (G, 2): (G, n, 2), of order 1.
+
+    And the units of N and D, by which they are divided.
+    """
+    N0, D0 = np.exp(np.log(N).mean()), np.exp(np.log(D).mean())
+    X = np.stack([(N / N0) ** -exponents[:, :1], (D / D0) ** -exponents[:, 1:]], axis=-1)
+    return X, (N0, D0)
+
+
 def weighted_law(N, D, L, weights):
     """Return the law (5,) of runs N, D, L (n,) with the least weighted sum of squared errors.
 
     Variable projection: given the exponents, E, A and B are linear least squares. The exponents are
     searched on a grid that zooms in on its best point. E, A and B are not negative.
     """
-    # Columns of order 1.
-    N0, D0 = np.exp(np.log(N).mean()), np.exp(np.log(D).mean())
     root = np.sqrt(weights / weights.mean())
     exponents = grid_of(EXPONENTS[::2])                                                 # (G, 2)
     step = np.log(EXPONENTS[2] / EXPONENTS[0])
     best = np.inf, None
     for _ in range(14):
-        powers = np.stack([(N / N0) ** -exponents[:, :1], (D / D0) ** -exponents[:, 1:]], axis=-1)
+        powers, (N0, D0) = power_terms(N, D, exponents)
         ones = np.ones((*powers.shape[:2], 1))
         # E is free, or zero.
         for X, zeros in ((np.concatenate([ones, powers], axis=-1), 0), (powers, 1)):
@@ -184,9 +199,9 @@ def best_terms(X, Y, grid):
     # By linearity the coefficients of Y - E are those of Y less E times those of 1.
     of_Y, of_one = inverse @ Y.T, inverse @ one                                         # (G, m, S)
     # So the sum of squared errors is a - 2 b E + c E^2.
-    a = (Y**2).sum(axis=1) - (of_Y * (Xt @ Y.T)).sum(axis=1)          # (G, S)
-    b = Y.sum(axis=1) - (of_Y * (Xt @ one)).sum(axis=1)               # (G, S)
-    c = len(one) - (of_one * (Xt @ one)).sum(axis=1)                  # (G, 1)
+    a = (Y**2).sum(axis=1) - (of_Y * (Xt @ Y.T)).sum(axis=1)                                # (G, S)
+    b = Y.sum(axis=1) - (of_Y * (Xt @ one)).sum(axis=1)                                     # (G, S)
+    c = len(one) - (of_one * (Xt @ one)).sum(axis=1)                                        # (G, 1)
     # No coefficient is negative if E is between these.
     with np.errstate(divide="ignore", invalid="ignore"):
         limit = of_Y / of_one
@@ -207,17 +222,16 @@ def profile_surfaces(N, D, Y, grid):
 
     The exponents are those of a grid. It is finer around those that are best for some E and sample.
     """
-    N0, D0 = np.exp(np.log(N).mean()), np.exp(np.log(D).mean())
     exponents = grid_of(EXPONENTS)                                                      # (G, 2)
     nearby = np.exp(np.log(EXPONENTS[1] / EXPONENTS[0]) / 4 * grid_of(np.arange(-2, 3)))
     for last in (False, True):
-        X = np.stack([(N / N0) ** -exponents[:, :1], (D / D0) ** -exponents[:, 1:]], axis=-1)
+        X, units = power_terms(N, D, exponents)
         sse, best, AB = best_terms(X, Y, grid)
         if not last:
             exponents = (exponents[np.unique(best)][:, None] * nearby).reshape(-1, 2)
     chosen = exponents[best]                                                            # (K, S, 2)
     E = np.broadcast_to(grid[:, None, None], (*sse.shape, 1))
-    return sse, np.concatenate([E, AB * (N0, D0) ** chosen, chosen], axis=-1)
+    return sse, np.concatenate([E, AB * units**chosen, chosen], axis=-1)
 
 
 def profile_frontiers(C, Y, grid):
@@ -288,11 +302,7 @@ def surface_frontier(laws, C, vocab_size, context):
 
 def gap(byte, bpe, C):
     """Return G(C) of frontiers byte and bpe (S, K): (S, K), inf if bytes need more than C[-1]."""
-    log_c = np.log(C)
-    # np.interp wants increasing losses.
-    log_c_byte = [np.interp(-low, -high, log_c, right=np.inf)
-                  for low, high in zip(bpe, byte, strict=True)]
-    return np.exp(log_c_byte - log_c)
+    return np.exp(log_compute(bpe, byte, C) - np.log(C))
 
 
 def parity(byte, bpe, C):

@@ -92,6 +92,11 @@ def flops_per_token(config):
 # -----------------------------------------------------------------------------------------------
 # The model.
 
+def has_bf16():
+    """Return whether there is a CUDA device that computes in bfloat16, not one that emulates it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def rotate(x, cos, sin):
     """Return x with each pair (x_i, x_{i + d/2}) turned by the angle of its position.
 
@@ -132,11 +137,6 @@ class MLP(nn.Module):
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)                       # (B, T, 4 D)
         return self.down(F.silu(gate) * up)
-
-
-def has_bf16():
-    """Return whether there is a CUDA device that computes in bfloat16, not one that emulates it."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Convolution(nn.Module):

@@ -42,6 +42,8 @@ TUNED_UP_TO = 3e14                                                # FLOPs of the
 PYSRC_UP_TO = 1.5e15                                              # FLOPs that read it few times
 COMPILE_FROM = {"cpu": 1e13, "mps": math.inf, "cuda": 1e15}       # FLOPs that pay for compiling
 MICRO_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}         # tokens in memory at once
+# The flags of an ordinary run; remedies and experiments differ.
+PLAIN = {"shuffle": 1, "span": 1, "schedule": "linear", "conv": 0, "patch": 1}
 LOG_ROWS = 200                                                    # in a run, or one a minute
 VALIDATIONS = 8                                                   # in a run
 SAVE_SECONDS = 60                                                 # between two checkpoints
@@ -322,8 +324,7 @@ def describe(objective, args, corpus, config, batch, steps, options):
         "patch": args.patch,
         "corpus": {key: corpus.meta[key] for key in keys}} | options
     # The default folder is named by the settings, those aside that are as usual.
-    usual = {"vocab": 4096, "context": 512, "batch": None, "lr": args.tuned_lr, "shuffle": 1,
-             "span": 1, "schedule": "linear", "conv": 0, "patch": 1}
+    usual = {"vocab": 4096, "context": 512, "batch": None, "lr": args.tuned_lr} | PLAIN
     name = f"{objective}-{args.tokenizer}-w{config.width}-c{args.flops:g}-s{args.seed}"
     for key, value in usual.items():
         if getattr(args, key, value) != value:
@@ -517,9 +518,10 @@ def load_model(folder, device="cpu"):
     if not all(tensor.isfinite().all() for tensor in saved["model"].values()):
         raise InputError(f"{folder / 'checkpoint.pt'} has weights that are not finite")
     causal = s["objective"] == "ar"
-    # Runs from before these flags have neither.
-    remedies = s.get("conv", 0), s.get("patch", 1)
-    model = Transformer(Config(s["vocab_size"], s["context_tokens"], s["width"], causal, *remedies))
+    # Older runs lack some flags.
+    s = PLAIN | s
+    model = Transformer(Config(s["vocab_size"], s["context_tokens"], s["width"], causal, s["conv"],
+                               s["patch"]))
     model.load_state_dict(saved["model"])
     return model.to(device).eval(), s, Tokenizer.from_hex(saved["merges"])
 

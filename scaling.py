@@ -54,10 +54,11 @@ def plan(args, corpora):
 
 def by_the_rules(row):
     """Return whether a run has today's batch and learning rate, and nothing that others study."""
-    train, tokens = TRAIN[row["objective"]], row["context_tokens"]
-    batch = train.batch_tokens(row["flops_budget"], row["tokenizer"])
-    return (row["batch_tokens"] == tokens * run.whole_sequences(batch, tokens)
-            and row["lr"] == train.LEARNING_RATE[row["tokenizer"]]
+    objective, tokenizer = row["objective"], row["tokenizer"]
+    batch = sweep.batch_by_the_rule(objective, tokenizer, row["flops_budget"],
+                                    row["context_tokens"])
+    return (row["batch_tokens"] == batch
+            and row["lr"] == TRAIN[objective].LEARNING_RATE[tokenizer]
             and not sweep.unusual(row))
 
 
@@ -239,7 +240,7 @@ def predictions(rows, found):
             law = fit(form, known, choose(known, CUTS[0]), count=1)
             for name in ("one E", "separate E") if law else ():
                 pairs = {}
-                for key in set(law.keys) & set(found):
+                for key in (key for key in law.keys if key in found):
                     measured = found[key].minima[0, found[key].budgets == following]
                     if len(measured):
                         which = law.shared if name == "one E" else law.separate[key]

@@ -42,7 +42,7 @@ RESULTS = {"steps": int, "tokens": int, "bytes": int, "params": int, "params_non
            "torch": str}
 COLUMNS = SETTINGS | RESULTS
 # What these settings are in tables without their columns.
-DEFAULTS = {"conv": "0", "patch": "1"}
+DEFAULTS = {key: str(run.PLAIN[key]) for key in ("conv", "patch")}
 # What a row can do without: not every run has them.
 OPTIONAL = {"val_bpb_stderr", "val_bpb_span1", "val_bpb_span1_stderr", "seconds", "device", "torch"}
 
@@ -57,35 +57,39 @@ def bracket(objective, flops, count=4):
     return sorted(nearest[:count])
 
 
-def settings(configuration, flops, width, seed, args, corpora, lr=None, batch=None, **flags):
+def batch_by_the_rule(objective, tokenizer, flops, context):
+    """Return the tokens in a batch of whole sequences of a context, in tokens."""
+    tokens = TRAIN[objective].batch_tokens(flops, tokenizer)
+    return context * run.whole_sequences(tokens, context)
+
+
+def settings(configuration, flops, width, seed, args, corpora, **flags):
     """Return the settings of a run, a dict with the keys of SETTINGS, as its row will have them.
 
-    lr and batch (tokens): the tuned ones, unless given. corpora: as load_corpora returns them.
-    flags: shuffle, span, schedule, conv, patch.
-    Raises InputError if the budget does not pay for a step.
+    corpora: as load_corpora returns them. flags: those that differ from run.PLAIN. Raises
+    InputError if the budget does not pay for a step.
     """
     objective, tokenizer = configuration
-    corpus, train = corpora[tokenizer], TRAIN[objective]
+    corpus = corpora[tokenizer]
     tokens = corpus.tokens(args.context)
-    usual = {"shuffle": 1, "span": 1, "schedule": "linear", "conv": 0, "patch": 1} | flags
+    flags = run.PLAIN | flags
     if objective == "ar":
-        usual["schedule"] = ""
-    elif usual["patch"] > 1:
+        flags["schedule"] = ""
+    elif flags["patch"] > 1:
         # A patch is masked whole.
-        usual["span"] = usual["patch"]
-    config = Config(corpus.tokenizer.vocab_size, tokens, width, objective == "ar", usual["conv"],
-                    usual["patch"])
-    batch = batch or train.batch_tokens(flops, tokenizer)
-    batch_tokens = tokens * run.whole_sequences(batch, tokens)
+        flags["span"] = flags["patch"]
+    config = Config(corpus.tokenizer.vocab_size, tokens, width, objective == "ar", flags["conv"],
+                    flags["patch"])
+    batch_tokens = batch_by_the_rule(objective, tokenizer, flops, tokens)
     if flops < flops_per_token(config) * batch_tokens:
         raise InputError(f"{exact(flops)} FLOPs do not pay for one step of "
                          f"{CONFIGURATIONS[configuration]} at width {width}: raise --budgets, or "
                          "lower --widths")
     return {"objective": objective, "tokenizer": tokenizer, "vocab_size": config.vocab_size,
             "flops_budget": float(flops), "width": width, "heads": config.heads, "seed": seed,
-            "lr": lr or train.LEARNING_RATE[tokenizer], "batch_tokens": batch_tokens,
+            "lr": TRAIN[objective].LEARNING_RATE[tokenizer], "batch_tokens": batch_tokens,
             "context_bytes": args.context, "context_tokens": tokens, "corpus": corpus.name,
-            "sha256": corpus.meta["sha256"]} | usual
+            "sha256": corpus.meta["sha256"]} | flags
 
 
 def load_corpora(args):
@@ -130,14 +134,13 @@ def exact(number):
 
 
 def unusual(spec):
-    """Return the flags of a run that differ from the study's."""
-    flags = {key: spec[key] for key in ("shuffle", "patch") if spec[key] > 1}
-    if spec["conv"] > 0:
-        flags["conv"] = spec["conv"]
-    if spec["span"] > 1 and spec["patch"] == 1:
-        flags["span"] = spec["span"]
-    if spec["schedule"] not in ("", "linear"):
-        flags["schedule"] = spec["schedule"]
+    """Return the flags of a run that differ from run.PLAIN."""
+    flags = {key: spec[key] for key, value in run.PLAIN.items() if spec[key] != value}
+    # AR has no schedule, and the spans of a model with patches are its patches.
+    if spec["schedule"] == "":
+        del flags["schedule"]
+    if spec["patch"] > 1:
+        flags.pop("span", None)
     return flags
 
 

@@ -9,10 +9,13 @@ import model
 
 
 def random_model(config, seed=0):
-    """Return a Transformer whose head is not zero, as it is at the start."""
+    """Return a Transformer whose head and convolutions are not zero, as they are at the start."""
     torch.manual_seed(seed)
     net = model.Transformer(config)
     torch.nn.init.normal_(net.head.weight)
+    for name, parameter in net.named_parameters():
+        if "conv" in name:
+            torch.nn.init.normal_(parameter)
     return net
 
 
@@ -92,10 +95,6 @@ def test_patches_and_convolutions_see_what_they_may_and_no_more(patch, conv, cau
     T = 8
     config = model.Config(7, T, 32, causal, conv, patch)
     net = random_model(config)
-    for name, parameter in net.named_parameters():
-        if "conv" in name:
-            # Zero at the start.
-            torch.nn.init.normal_(parameter)
     ids, targets = torch.randint(7, (2, 1, T))
     place, row = torch.arange(T), torch.arange(T) // patch
     may_read = (row[None] <= row[:, None]) if causal else torch.ones(T, T, dtype=torch.bool)
@@ -225,9 +224,6 @@ def test_the_speed_of_a_known_card_is_that_of_its_data_sheet(monkeypatch, name, 
 def test_the_cache_keeps_what_convolutions_and_patches_need():
     config = model.Config(context=24, width=64, conv=4, patch=2)
     net, ids = random_model(config), torch.randint(256, (3, 24))
-    for block in net.blocks:
-        torch.nn.init.normal_(block.attention_conv.weight)
-        torch.nn.init.normal_(block.mlp_conv.weight)
     cache = model.KVCache(net, 3)
     parts = [net.read(ids[:, :6], cache)]
     parts += [net.read(ids[:, t:t + 2], cache) for t in range(6, 24, 2)]

@@ -27,46 +27,58 @@ SAMPLES = 400
 # -----------------------------------------------------------------------------------------------
 # Without a law: IsoFLOP minima, and what lies between them.
 
-def pooled_minima(C, N, Y):
+def cells(C, kinds):
+    """Return the pairs of kind and budget that runs have (2, K), and which each run has (n,)."""
+    kinds = np.zeros(len(C)) if kinds is None else kinds
+    return np.unique(np.stack([kinds, C]), axis=1, return_inverse=True)
+
+
+def pooled_minima(C, N, Y, kinds=None):
     """Fit the losses Y (S, n) of runs of a configuration, of sizes N (n,) at budgets C (n,).
 
     L = L*(C) + c (ln N - n0 - a ln C)^2: one curvature c, one N* = exp(n0) C^a, and a minimum L* of
     its own for each budget. Written as L = level(C) + c x^2 + (b + d t) x, with x = ln N and
     t = ln C, it is linear: ln N* is -(b + d t) / 2c. Return the minima (S, K) of the K budgets,
     ln N* at each (S, K), the curvature (S,) and the fitted losses (S, n). Without a minimum, the
-    curvature is not positive.
+    curvature is not positive. With kinds of runs (n,), 0 to k - 1, each kind has an n0 and minima
+    of its own, in the order of cells.
     """
-    budgets, index = np.unique(C, return_inverse=True)
+    (kind, budgets), index = cells(C, kinds)                                            # (K,), (n,)
+    kind = kind.astype(int)
     x, t = np.log(N), np.log(C)
     x0, t0 = x.mean(), t.mean()
     levels = np.eye(len(budgets))[index]                                                # (n, K)
-    X = np.column_stack([levels, (x - x0) ** 2, x - x0, (x - x0) * (t - t0)])
-    coefficients = np.linalg.lstsq(X, Y.T, rcond=None)[0].T                             # (S, K+3)
-    c, b, d = coefficients[:, -3:].T[..., None]                                         # (S, 1)
+    slopes = np.eye(kind.max() + 1)[kind[index]] * (x - x0)[:, None]                    # (n, k)
+    X = np.column_stack([levels, slopes, (x - x0) ** 2, (x - x0) * (t - t0)])
+    coefficients = np.linalg.lstsq(X, Y.T, rcond=None)[0].T                             # (S, K+k+2)
+    c, d = coefficients[:, -2:].T[..., None]                                            # (S, 1)
+    b = coefficients[:, len(budgets):-2][:, kind]                                       # (S, K)
     with np.errstate(divide="ignore", invalid="ignore"):
         best = -(b + d * (np.log(budgets) - t0)) / (2 * c)                              # (S, K)
-    return coefficients[:, :-3] - c * best**2, x0 + best, c[:, 0], coefficients @ X.T
+    minima = coefficients[:, :len(budgets)] - c * best**2                               # (S, K)
+    return minima, x0 + best, c[:, 0], coefficients @ X.T
 
 
-def resample(C, N, L, seed, count=SAMPLES):
+def resample(C, N, L, seed, kinds=None, count=SAMPLES):
     """Return losses (1 + count, n): L (n,) as measured, then samples of it.
 
     A sample adds to the fitted losses residuals drawn at random, so the design stays as it is. They
-    are scaled up for the K + 3 numbers that were fitted. Samples of curvature <= 0 are drawn again.
-    None if L itself has such a curvature, or for too few runs or widths.
+    are scaled up for the numbers that were fitted. Samples of curvature <= 0 are drawn again. None
+    if L itself has such a curvature, or for too few runs or widths.
     """
     rng = np.random.default_rng(seed)
-    free = len(L) - len(set(C)) - 3
+    kind, _ = cells(C, kinds)[0]
+    free = len(L) - len(kind) - len(set(kind)) - 2
     if free < 1 or len(set(N)) < 3:
         return None
-    _, _, curvature, fitted = pooled_minima(C, N, L[None])
+    _, _, curvature, fitted = pooled_minima(C, N, L[None], kinds)
     if not curvature[0] > 0:
         return None
     residuals = (L - fitted[0]) * np.sqrt(len(L) / free)
     samples = L[None]
     while len(samples) <= count:
         drawn = fitted + rng.choice(residuals, (count, len(L)))
-        samples = np.concatenate([samples, drawn[pooled_minima(C, N, drawn)[2] > 0]])
+        samples = np.concatenate([samples, drawn[pooled_minima(C, N, drawn, kinds)[2] > 0]])
     return samples[:count + 1]
 
 

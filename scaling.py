@@ -52,14 +52,14 @@ def plan(args, corpora):
             for seed in args.seeds]
 
 
-def by_the_rules(row):
-    """Return whether a run has today's batch and learning rate, and nothing that others study."""
+def by_the_rules(row, flags=None):
+    """Return whether a run has the batch and learning rate of our rules, and no other flags."""
     objective, tokenizer = row["objective"], row["tokenizer"]
     batch = sweep.batch_by_the_rule(objective, tokenizer, row["flops_budget"],
                                     row["context_tokens"])
     return (row["batch_tokens"] == batch
             and row["lr"] == TRAIN[objective].LEARNING_RATE[tokenizer]
-            and not sweep.unusual(row))
+            and sweep.unusual(row) == (flags or {}))
 
 
 def read_baselines(path, row):

@@ -1,0 +1,212 @@
+"""What gives bytes their contiguity back: a convolution, a bell of mask rates, patches.
+
+    python fragility.py remedies --budgets 3e12 1e13
+    python fragility.py remedies --plot-only        # from results/remedies.csv and results/runs.csv
+
+Each remedy is trained in each configuration where it applies, BPE too: what it wins for both is not
+about bytes. Plain runs are those of the study. At each budget the lowest losses are compared. All
+runs of a configuration share the curvature of their IsoFLOP parabolas. Intervals are 90%, over
+samples of the residuals.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import laws
+import run
+import scaling
+import sweep
+from run import InputError
+from scaling import COLORS, error_bars, interval, signed
+from sweep import CONFIGURATIONS, exact
+
+BUDGETS = {"cpu": (3e12, 1e13), "mps": (1e14,), "cuda": (1e17,)}
+# configuration -> remedy -> flags. A convolution reads as far back in AR as in MDM.
+PATCHES = {f"patch {size}": {"patch": size} for size in (2, 4, 8)}
+REMEDIES = {
+    ("ar", "bpe"): {"convolution": {"conv": 4}},
+    ("ar", "byte"): {"convolution": {"conv": 4}, **PATCHES,
+                     "patch 4, convolution": {"patch": 4, "conv": 4}},
+    ("mdm", "bpe"): {"convolution": {"conv": 7}, "bell": {"schedule": "bell"},
+                     "convolution, bell": {"conv": 7, "schedule": "bell"}},
+    ("mdm", "byte"): {"convolution": {"conv": 7}, "bell": {"schedule": "bell"}, **PATCHES,
+                      "patch 4, convolution, bell": {"patch": 4, "conv": 7, "schedule": "bell"},
+                      "patch 8, convolution, bell": {"patch": 8, "conv": 7, "schedule": "bell"}},
+}
+PLAIN = "plain"
+# objective -> what (bytes, BPE) have in three comparisons: plain, a convolution, the most.
+PAIRS = {"ar": ((PLAIN, PLAIN), ("convolution",) * 2, ("patch 4, convolution", "convolution")),
+         "mdm": ((PLAIN, PLAIN), ("convolution",) * 2,
+                 ("patch 8, convolution, bell", "convolution, bell"))}
+
+
+
+def plan(args, corpora):
+    """Return the settings of the runs."""
+    specs = []
+    for flops in args.budgets:
+        for configuration, remedies in REMEDIES.items():
+            for flags in remedies.values():
+                # A trunk that reads P tokens as one can be wider for the same budget.
+                own = sweep.bracket(configuration[0], flops * flags.get("patch", 1) ** 0.5, 3)
+                specs += [sweep.settings(configuration, flops, width, seed, args, corpora, **flags)
+                          for width in args.widths or own for seed in args.seeds]
+    return specs
+
+
+def remedy_of(row):
+    """Return the name of what a run was trained with: a remedy, plain, or None if neither."""
+    remedies = {PLAIN: {}} | REMEDIES[row["objective"], row["tokenizer"]]
+    return next((name for name, flags in remedies.items() if scaling.by_the_rules(row, flags)),
+                None)
+
+
+def analyse(rows):
+    """Return {(configuration, remedy, budget): the lowest loss, first as measured, then samples}.
+
+    Only budgets at which remedies were trained count.
+    """
+    found = {}
+    for seed, configuration in enumerate(CONFIGURATIONS):
+        own = [(row, remedy_of(row)) for row in sorted(rows, key=sweep.settings_of)
+               if (row["objective"], row["tokenizer"]) == configuration]
+        budgets = {row["flops_budget"] for row, name in own if name not in (None, PLAIN)}
+        own = [(row, name) for row, name in own if name and row["flops_budget"] in budgets]
+        if not own:
+            continue
+        names = list(dict.fromkeys(name for _, name in own))
+        kinds = np.array([names.index(name) for _, name in own])
+        C, N, L = (np.array([row[key] for row, _ in own], dtype=float)
+                   for key in ("flops_budget", "params_non_embedding", "val_bpb"))
+        samples = laws.resample(C, N, L, seed, kinds)
+        if samples is None:
+            continue
+        minima = laws.pooled_minima(C, N, samples, kinds)[0]
+        for kind, budget, losses in zip(*laws.cells(C, kinds)[0], minima.T, strict=True):
+            found[configuration, names[int(kind)], budget] = losses
+    return found
+
+
+def lost(found, objective, names, budget):
+    """Return the bits that bytes lose, with these remedies for (bytes, BPE): (S,), or None."""
+    byte, bpe = (found.get(((objective, tokenizer), name, budget))
+                 for tokenizer, name in zip(("byte", "bpe"), names, strict=True))
+    return None if byte is None or bpe is None else byte - bpe
+
+
+def report(found):
+    """Print what each remedy wins, and what bytes lose with and without remedies."""
+    lines = []
+    for (configuration, name, budget), losses in found.items():
+        cells = [CONFIGURATIONS[configuration], name, exact(budget), f"{losses[0]:.3f}", "", ""]
+        plain = found.get((configuration, PLAIN, budget))
+        if name != PLAIN and plain is not None:
+            cells[4] = signed(plain - losses)
+            gap = lost(found, configuration[0], (PLAIN, PLAIN), budget)
+            if configuration[1] == "byte" and gap is not None:
+                cells[5] = f"{interval(100 * (plain - losses) / gap, 2)} %"
+        lines.append(cells)
+    scaling.print_table("What each remedy wins [90%]", [
+        "configuration", "remedy", "FLOPs", "bits per byte", "bits won",
+        "share of what plain bytes lose"], lines)
+
+    lines = []
+    for objective, pairs in PAIRS.items():
+        for budget in sorted({key[2] for key in found}):
+            gaps = [lost(found, objective, names, budget) for names in pairs]
+            if any(gap is not None for gap in gaps):
+                lines.append([objective.upper(), exact(budget),
+                              *("" if gap is None else interval(gap) for gap in gaps)])
+    scaling.print_table("Bits that bytes lose to BPE [90%]", [
+        "objective", "FLOPs", "plain", "both with a convolution", "both with the most"], lines)
+
+
+def paint_patches(ax, found, budget):
+    """Draw bits per byte against the size of the patch, with BPE as level lines."""
+    for objective in ("ar", "mdm"):
+        curve = {size: found.get(((objective, "byte"), name, budget))
+                 for size, name in ((1, PLAIN), (2, "patch 2"), (4, "patch 4"), (8, "patch 8"))}
+        curve = {size: losses for size, losses in curve.items() if losses is not None}
+        if curve:
+            losses = np.stack(list(curve.values()), axis=1)                             # (S, K)
+            ax.errorbar(list(curve), losses[0], error_bars(losses), fmt="o-", capsize=3,
+                        color=COLORS[objective, "byte"], label=f"{objective.upper()}, bytes")
+        bpe = found.get(((objective, "bpe"), PLAIN, budget))
+        if bpe is not None:
+            ax.axhline(bpe[0], color=COLORS[objective, "bpe"], linestyle="--",
+                       label=f"{objective.upper()}, BPE")
+    ax.set(xlabel="bytes in a patch", ylabel="bits per byte", xticks=(1, 2, 4, 8))
+
+
+def paint_won(ax, found, budget):
+    """Draw the bits that each remedy wins in each configuration."""
+    names = list(dict.fromkeys(name for own in REMEDIES.values() for name in own))
+    for shift, configuration in zip((-0.24, -0.08, 0.08, 0.24), CONFIGURATIONS, strict=True):
+        plain = found.get((configuration, PLAIN, budget))
+        own = {y: found[configuration, name, budget] for y, name in enumerate(names)
+               if (configuration, name, budget) in found}
+        if plain is None or not own:
+            continue
+        won = plain[:, None] - np.stack(list(own.values()), axis=1)                     # (S, K)
+        ax.errorbar(won[0], np.array(list(own)) + shift, xerr=error_bars(won), fmt="o", capsize=2,
+                    color=COLORS[configuration], label=CONFIGURATIONS[configuration])
+    ax.set(yticks=range(len(names)), xlabel="bits per byte won")
+    ax.set_yticklabels(names)
+    ax.invert_yaxis()
+    ax.axvline(0, color="0.6")
+
+
+def paint_gaps(ax, found):
+    """Draw what bytes lose to BPE against the budget, plain and with remedies on both sides."""
+    budgets = sorted({key[2] for key in found})
+    for objective, pairs in PAIRS.items():
+        for style, label, names in (("o-", "plain", pairs[0]), ("s--", "with the most", pairs[2])):
+            gaps = {budget: lost(found, objective, names, budget) for budget in budgets}
+            gaps = {budget: bits for budget, bits in gaps.items() if bits is not None}
+            if gaps:
+                bits = np.stack(list(gaps.values()), axis=1)                            # (S, K)
+                ax.errorbar(list(gaps), bits[0], error_bars(bits), fmt=style, capsize=3,
+                            color=COLORS[objective, "byte"], label=f"{objective.upper()}, {label}")
+    ax.set(xscale="log", xlabel="training FLOPs", ylim=(0, None),
+           ylabel="bits per byte that bytes lose")
+
+
+def draw(path, found):
+    """Draw three panels: patches and remedies at the largest budget that all have, and the gaps."""
+    budgets = [{key[2] for key in found if key[0] == configuration and key[1] != PLAIN}
+               for configuration in REMEDIES]
+    common = set.intersection(*budgets)
+    budget = max(common or {key[2] for key in found})
+
+    def paint(axes):
+        paint_patches(axes[0, 0], found, budget)
+        paint_won(axes[0, 1], found, budget)
+        paint_gaps(axes[0, 2], found)
+        for ax in axes[0, :2]:
+            ax.set_title(f"at {exact(budget)} FLOPs")
+    scaling.draw(path, (1, 3), (14, 5), paint, share=False, log=False)
+    print(f"\nfigure: {path}")
+
+
+def study(args):
+    """Train the runs that remedies.csv lacks, print the tables, draw the figure."""
+    path, specs = args.out / "remedies.csv", []
+    if not args.plot_only:
+        args.budgets = args.budgets or BUDGETS[run.pick_device().type]
+        specs = plan(args, sweep.load_corpora(args))
+    rows = sweep.train_missing(specs, path, args, Path("runs/remedies"))
+    if args.dry_run:
+        return
+    rows += sweep.read_rows(args.out / "runs.csv")
+    sweep.check_alike(rows, path)
+    if args.budgets:
+        rows = [row for row in rows if row["flops_budget"] in args.budgets]
+    found = analyse(rows)
+    if not found:
+        raise InputError(f"{path} has too few runs: each remedy needs three widths, and "
+                         f"{args.out / 'runs.csv'} the plain ones")
+    report(found)
+    draw(args.out / "remedies.png", found)
+    if any(sweep.find(spec, rows) is None for spec in specs):
+        sys.exit(2)

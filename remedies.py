@@ -57,7 +57,7 @@ def plan(args, corpora):
 
 def remedy_of(row):
     """Return the name of what a run was trained with: a remedy, plain, or None if neither."""
-    remedies = {PLAIN: {}} | REMEDIES[row["objective"], row["tokenizer"]]
+    remedies = {PLAIN: {}} | REMEDIES.get((row["objective"], row["tokenizer"]), {})
     return next((name for name, flags in remedies.items() if scaling.by_the_rules(row, flags)),
                 None)
 

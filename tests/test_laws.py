@@ -198,6 +198,20 @@ def test_pooled_minima_recover_planted_ones_also_from_one_width():
     np.testing.assert_allclose(fitted[0], L[:-3], rtol=1e-6)
 
 
+def test_kinds_of_runs_share_the_curvature_and_have_minima_of_their_own():
+    C, N, L = planted_runs(np.random.default_rng(0), noise=0)
+    # Runs of the second kind are best at twice the size, and lose 0.3 less.
+    C, N, L = np.tile(C, 2), np.concatenate([N, 2 * N]), np.concatenate([L, L - 0.3])
+    kinds = np.repeat([0, 1], 20)
+    minima, best, curvature, _ = laws.pooled_minima(C, N, L[None], kinds)
+    budgets = np.unique(C)
+    lowest = 10 * budgets**-0.05
+    np.testing.assert_allclose(minima[0], np.concatenate([lowest, lowest - 0.3]), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(best[0, 5:] - best[0, :5]), 2, rtol=1e-6)
+    np.testing.assert_allclose(curvature, 0.08, rtol=1e-6)
+    assert laws.cells(C, kinds)[0].shape == (2, 10)
+
+
 def test_without_a_minimum_or_with_too_few_runs_there_are_no_samples():
     C, N, L = planted_runs(np.random.default_rng(0), noise=0)
     assert laws.resample(C, N, 20 - L, seed=0) is None

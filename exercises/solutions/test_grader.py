@@ -4,7 +4,6 @@
 """
 import ast
 import csv
-import importlib
 import math
 import numbers
 import subprocess
@@ -12,25 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_exercises
 from conftest import explain, load_answer
+from wrong import WRONG
 
 pytestmark = pytest.mark.exercises
 SOLUTIONS = Path(__file__).resolve().parent
 EXERCISES = SOLUTIONS.parent
 ROOT = EXERCISES.parent
 BLANKS = {path.name[:3]: path for path in sorted(EXERCISES.glob("e[0-9][0-9]_*.py"))}
-
-
-def load_all(folder, pattern):
-    return [importlib.import_module(path.stem) for path in sorted(folder.glob(pattern))]
-
-
-TESTS = {name[5:]: test for module in load_all(EXERCISES, "test_*.py")
-         for name, test in vars(module).items() if name.startswith("test_")}
-sys.path.insert(0, str(SOLUTIONS))
-WRONG = {}
-for part in load_all(SOLUTIONS, "wrong_*.py"):
-    WRONG |= part.WRONG
+TESTS = {name[5:]: test for name, test in vars(test_exercises).items() if name.startswith("test_")}
 # (exercise, the position of a wrong answer)
 MISTAKES = [(exercise, i) for exercise, mistakes in WRONG.items() for i in range(len(mistakes))]
 
@@ -142,7 +132,7 @@ def test_what_a_student_sees_is_short(folder):
     broken = text.replace("bits = nats", "bits = gnats")
     done = execute(*command, student(folder, "broken", broken))
     assert done.returncode == 1 and "NameError: name 'gnats'" in done.stdout, done.stdout
-    assert "test_part" not in done.stdout.split("short test summary")[0]
+    assert "test_exercises" not in done.stdout.split("short test summary")[0]
     assert done.stdout.count("\n") < 15
 
     nothing = text.replace("return bits / nbytes", "return")

@@ -18,7 +18,7 @@ whole, the tokens before it may be seen: why?) The test trains a tiny model on t
 entropy, and no bound is below the entropy.
 
 To try ideas in seconds, use --flops 2e10 and --data exercises/speeches.txt for both runs, and give
-that path as DATA. There the floor is 0.729. What helps there need not help at 1e12.
+that path as DATA. There the floor is 0.999. What helps there need not help at 1e12.
 
 Read first: train_mdm.corrupt, train_mdm.evaluate, and model.Speller. Keep what the test calls:
 MODEL(config), LOSS(model, ids, generator), EVALUATE(model, sequences, bytes_per_id),

@@ -181,7 +181,8 @@ def planted(loss):
                              "vocab_size": vocab, "flops_budget": C, "width": width, "heads": 1,
                              "seed": 0, "lr": 1, "batch_tokens": 1, "context_bytes": 512,
                              "context_tokens": context, "shuffle": 1, "span": 1, "schedule": "",
-                             "conv": 0, "patch": 1,
+                             "conv": 0, "patch": 1, "permutation": 0, "phase": 0,
+                             "span_share": 1.0,
                              "corpus": "x", "sha256": "y", "tokens": D, "bytes": 3 * D,
                              "params_non_embedding": N, "val_bpb": bpb})
     return rows

@@ -150,7 +150,7 @@ def lost_with_phase(rows):
     """
     found, rng = {configuration: {} for configuration in CONFIGURATIONS}, np.random.default_rng(0)
     blocks = sorted({row["phase"] for row in rows} - {0})
-    variance = 2 * np.mean([row["val_bpb_stderr"] ** 2 for row in rows])
+    variance = 2 * (np.array([row["val_bpb_stderr"] for row in rows], dtype=float)**2).mean()
     for key in found:
         tables = {block: bits_lost(rows, key, block) for block in blocks}
         tables = {block: table for block, table in tables.items() if table.size}

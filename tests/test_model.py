@@ -240,9 +240,9 @@ def test_updates_keep_their_size_across_widths():
     assert 0.6 < moved[1] / moved[0] < 1.7, moved
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_model_compiles_to_one_graph(causal):
-    config = model.Config(width=64, context=32, causal=causal)
+@pytest.mark.parametrize("causal, phase", [(True, 0), (False, 0), (True, 8), (False, 8)])
+def test_the_model_compiles_to_one_graph(causal, phase):
+    config = model.Config(width=64, context=32, causal=causal, phase=phase)
     net, ids = random_model(config), torch.randint(256, (2, 32))
     whole = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(whole(ids, ids), net(ids, ids))

@@ -476,9 +476,13 @@ class Corpus:
         """Return the number of tokens in a block of so many bytes: for BPE a divisor of context."""
         if self.tokenizer.vocab_size == 256:
             return shuffle_bytes
-        length = shuffle_bytes / self.meta["bytes_per_token"]
-        divisors = [n for n in range(1, context + 1) if context % n == 0]
-        return min(divisors, key=lambda n: abs(n - length))
+        return nearest_divisor(context, shuffle_bytes / self.meta["bytes_per_token"])
+
+
+def nearest_divisor(number, wanted):
+    """Return the divisor of a number that is nearest to the wanted one."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    return min(divisors, key=lambda n: abs(n - wanted))
 
 
 def load(data="pysrc", tokenizer="byte", vocab_size=4096):
@@ -515,9 +519,13 @@ def epoch_starts(seed, epoch, length, context):
     return rng.integers(context) + context * rng.permutation(length // context - 1)
 
 
-def permutation(block):
-    """Return the one order in which blocks of so many tokens are shuffled: (block,)."""
-    rng = np.random.default_rng(block)
+def permutation(block, index=0):
+    """Return an order in which blocks of so many tokens are shuffled, the same for all: (block,).
+
+    index: which of the orders. Never the one that leaves all tokens where they are, unless
+    there is no other.
+    """
+    rng = np.random.default_rng((block, index))
     order = np.arange(block)
     while block > 1 and (order == np.arange(block)).all():
         order = rng.permutation(block)
@@ -527,19 +535,24 @@ def permutation(block):
 class Sequences:
     """Sequences of context tokens, cut from a stream of ids; shuffle: tokens in a permuted block.
 
-    Raise InputError if the stream is too short, or if shuffle does not divide context.
+    index: which permutation. Raise InputError if the stream is too short, if shuffle does not
+    divide context, or if blocks are too short for more than one permutation.
     """
 
-    def __init__(self, stream, context, shuffle=1):
+    def __init__(self, stream, context, shuffle=1, index=0):
         if len(stream) < 2 * context:
             raise InputError(f"{len(stream)} tokens are too few for sequences of {context}: take "
                              "more text, or a smaller --context")
         if context % shuffle:
             raise InputError(f"--shuffle: blocks of {shuffle} tokens do not divide a sequence of "
                              f"{context}")
+        if index > 0 and shuffle < 3:
+            raise InputError(f"--permutation {index}: only blocks of 3 tokens or more have more "
+                             f"than one, and --shuffle makes blocks of {shuffle}")
         self.stream = stream
         self.context = context
-        self.order = np.arange(context).reshape(-1, shuffle)[:, permutation(shuffle)].ravel()
+        blocks = np.arange(context).reshape(-1, shuffle)                  # (blocks, tokens)
+        self.order = blocks[:, permutation(shuffle, index)].ravel()
 
     def batch(self, seed, step, size):
         """Return the sequences of a training step, a pure function of its arguments: (size, T)."""

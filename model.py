@@ -12,6 +12,8 @@ places see to it: Block (residual branches), Transformer (initialization), make_
 Two remedies for bytes are off by default. With conv = K each position also sees a weighted sum of K
 neighbours (Canon layers, arXiv 2512.17351). With patch = P the Transformer reads P tokens as one,
 and a Speller writes the tokens of each patch from left to right (MegaByte, arXiv 2305.07185).
+
+A control for shuffled order is off, too. With phase = W the model is told t mod W at position t.
 """
 import argparse
 import math
@@ -32,10 +34,16 @@ class Config:
     causal: bool = True               # True for AR, False for MDM
     conv: int = 0                     # taps of the convolutions; 0: none
     patch: int = 1                    # tokens that are read as one
+    phase: int = 0                    # W, if an embedding of t mod W is added to position t
 
     def __post_init__(self):
         if min(self.vocab_size, self.context, self.width, self.patch) < 1 or self.conv < 0:
             raise ValueError("vocabulary, context, width and patch are at least 1")
+        if not 0 <= self.phase <= self.context:
+            raise ValueError(f"--phase {self.phase} is not from 0 to the context, "
+                             f"{self.context} tokens")
+        if self.phase > 0 and self.patch > 1:
+            raise ValueError("--phase and --patch do not go together")
         if self.width % self.head_dim:
             raise ValueError(f"width {self.width} is not a multiple of {self.head_dim}")
         if self.conv > 0 and self.conv % 2 == 0 and not self.causal:
@@ -225,6 +233,11 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.padded_vocab, bias=False)
         self.speller = Speller(config) if config.patch > 1 else None
+        self.phase_embedding = None
+        if config.phase > 0:
+            self.phase_embedding = nn.Embedding(config.phase, config.width)
+            phases = torch.arange(config.context) % config.phase          # (T,)
+            self.register_buffer("phases", phases, persistent=False)
 
         frequencies = 10000 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         angles = torch.arange(config.context)[:, None] * frequencies      # (T, d / 2)
@@ -259,6 +272,8 @@ class Transformer(nn.Module):
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
             # The embeddings of a patch stand side by side.
             x = self.embedding(ids).view(len(ids), end - start, self.config.width)
+            if self.phase_embedding is not None:
+                x = x + self.phase_embedding(self.phases[start:end])      # (B, T, D)
             for block in self.blocks:
                 x = block(x, cos, sin, cache)
         if cache is not None:

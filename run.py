@@ -43,7 +43,8 @@ PYSRC_UP_TO = 1.5e15                                              # FLOPs that r
 COMPILE_FROM = {"cpu": 1e13, "mps": math.inf, "cuda": 1e15}       # FLOPs that pay for compiling
 MICRO_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}         # tokens in memory at once
 # The flags of an ordinary run; remedies and experiments differ.
-PLAIN = {"shuffle": 1, "span": 1, "schedule": "linear", "conv": 0, "patch": 1}
+PLAIN = {"shuffle": 1, "permutation": 0, "phase": 0, "span": 1, "span_share": 1,
+         "schedule": "linear", "conv": 0, "patch": 1}
 LOG_ROWS = 200                                                    # in a run, or one a minute
 VALIDATIONS = 8                                                   # in a run
 SAVE_SECONDS = 60                                                 # between two checkpoints
@@ -146,6 +147,10 @@ def arguments(doc):
     flag("--conv", type=number(int, 0, 64), default=0, help="taps of a convolution (0: none)")
     flag("--patch", type=COUNT, default=1, help="tokens that are read as one (1: no patches)")
     flag("--shuffle", type=COUNT, default=1, help="permute blocks of this many bytes (1: no)")
+    flag("--permutation", type=number(int, 0, 2**31), default=0,
+         help="which of the fixed permutations --shuffle takes")
+    flag("--phase", type=number(int, 0, 2**20), default=0,
+         help="tell the model t mod this many tokens at each position t (0: no)")
     flag("--out", type=path, help="run folder (default: named by the settings)")
     flag("--device", help="cpu, cuda or mps (default: the best there is)")
     flag("--compile", choices=("auto", "on", "off"), default="auto")
@@ -259,7 +264,8 @@ def choose_data(data, flops):
 def make_config(args, objective, vocab_size, context, width):
     """Return the Config of a run. Raise InputError if the flags make no model."""
     try:
-        return Config(vocab_size, context, width, objective == "ar", args.conv, args.patch)
+        return Config(vocab_size, context, width, objective == "ar", args.conv, args.patch,
+                      args.phase)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -320,8 +326,8 @@ def describe(objective, args, corpus, config, batch, steps, options):
         "flops_budget": args.flops, "width": config.width, "depth": config.depth,
         "heads": config.heads, "context_bytes": args.context, "context_tokens": config.context,
         "batch_tokens": batch * config.context, "steps": steps, "lr": args.lr, "seed": args.seed,
-        "shuffle": args.shuffle, "span": 1, "schedule": None, "conv": args.conv,
-        "patch": args.patch,
+        "shuffle": args.shuffle, "permutation": args.permutation, "phase": args.phase, "span": 1,
+        "span_share": 1, "schedule": None, "conv": args.conv, "patch": args.patch,
         "corpus": {key: corpus.meta[key] for key in keys}} | options
     # The default folder is named by the settings, those aside that are as usual.
     usual = {"vocab": 4096, "context": 512, "batch": None, "lr": args.tuned_lr} | PLAIN
@@ -497,9 +503,11 @@ def read(path, settings=None):
         raise InputError(f"{path} is corrupt ({type(error).__name__}: {' '.join(reason)[:80]}): "
                          "delete it, or change --out") from None
     for key, value in (settings or {}).items():
-        if had.get(key) != value:
-            raise InputError(f"{path} belongs to another run: its {key} is {had.get(key)}, not "
-                             f"{value}; delete it, or change --out")
+        # Older runs lack some flags.
+        own = had.get(key, PLAIN.get(key))
+        if own != value:
+            raise InputError(f"{path} belongs to another run: its {key} is {own}, not {value}; "
+                             "delete it, or change --out")
     return found
 
 
@@ -521,7 +529,7 @@ def load_model(folder, device="cpu"):
     # Older runs lack some flags.
     s = PLAIN | s
     model = Transformer(Config(s["vocab_size"], s["context_tokens"], s["width"], causal, s["conv"],
-                               s["patch"]))
+                               s["patch"], s["phase"]))
     model.load_state_dict(saved["model"])
     return model.to(device).eval(), s, Tokenizer.from_hex(saved["merges"])
 

@@ -35,14 +35,16 @@ WIDTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 1344, 1664,
 SETTINGS = {"objective": str, "tokenizer": str, "vocab_size": int, "flops_budget": float,
             "width": int, "heads": int, "seed": int, "lr": float, "batch_tokens": int,
             "context_bytes": int, "context_tokens": int, "shuffle": int, "span": int,
-            "schedule": str, "corpus": str, "sha256": str, "conv": int, "patch": int}
+            "schedule": str, "corpus": str, "sha256": str, "conv": int, "patch": int,
+            "permutation": int, "phase": int, "span_share": float}
 RESULTS = {"steps": int, "tokens": int, "bytes": int, "params": int, "params_non_embedding": int,
            "flops_spent": float, "val_bpb": float, "val_bpb_stderr": float, "val_bpb_span1": float,
            "val_bpb_span1_stderr": float, "val_bytes": int, "seconds": float, "device": str,
            "torch": str}
 COLUMNS = SETTINGS | RESULTS
 # What these settings are in tables without their columns.
-DEFAULTS = {key: str(run.PLAIN[key]) for key in ("conv", "patch")}
+DEFAULTS = {key: str(run.PLAIN[key])
+            for key in ("conv", "patch", "permutation", "phase", "span_share")}
 # What a row can do without: not every run has them.
 OPTIONAL = {"val_bpb_stderr", "val_bpb_span1", "val_bpb_span1_stderr", "seconds", "device", "torch"}
 
@@ -79,7 +81,7 @@ def settings(configuration, flops, width, seed, args, corpora, **flags):
         # A patch is masked whole.
         flags["span"] = flags["patch"]
     config = Config(corpus.tokenizer.vocab_size, tokens, width, objective == "ar", flags["conv"],
-                    flags["patch"])
+                    flags["patch"], flags["phase"])
     batch_tokens = batch_by_the_rule(objective, tokenizer, flops, tokens)
     if flops < flops_per_token(config) * batch_tokens:
         raise InputError(f"{exact(flops)} FLOPs do not pay for one step of "
@@ -164,7 +166,9 @@ def command(spec, args, out):
     if spec["tokenizer"] == "bpe":
         flags["vocab"] = spec["vocab_size"]
     flags |= unusual(spec)
-    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    words = []
+    for key, value in flags.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
     return [*(launcher if args.nproc > 1 else []), script, *words]
 
 
@@ -182,7 +186,7 @@ def parse(line):
             row[key] = None if key in OPTIONAL and text == "" else kind(text)
         except ValueError:
             raise ValueError(f"{key} is {text!r}") from None
-        smallest = 0 if key in ("seed", "conv") else 1e-12
+        smallest = 0 if key in ("seed", "conv", "permutation", "phase") else 1e-12
         if kind is not str and key not in OPTIONAL and not smallest <= row[key] <= 1e40:
             raise ValueError(f"{key} is {text}")
     return row

@@ -87,7 +87,8 @@ def lr_schedule(step, steps):
 
 def main():
     # Settings.
-    args = run.arguments(__doc__).parse_args()
+    parser = run.arguments(__doc__)
+    args = parser.parse_args()
     options = {"patch": args.patch}
     rank, world_size, device = run.setup(args, LEARNING_RATE)
 
@@ -96,7 +97,7 @@ def main():
         corpus = data.load(args.data, args.tokenizer, args.vocab)
     tokenizer, context = corpus.tokenizer, corpus.tokens(args.context)
     shuffle = corpus.shuffle_tokens(args.shuffle, context)
-    train = data.Sequences(corpus.train, context, shuffle)
+    train = data.Sequences(corpus.train, context, shuffle, args.permutation)
 
     # The run: budget, width and batch fix the number of steps.
     width = args.width or run.default_width(args.flops, WIDTH)
@@ -104,7 +105,7 @@ def main():
     batch, steps = run.count_steps(args, batch_tokens(args.flops, args.tokenizer), config)
     # A small budget gets a small validation; before the last one, 1/16 of the text is read.
     val_count = max(16, min(VAL_BYTES // args.context, 2 * steps * batch))
-    val = data.Sequences(corpus.val, context, shuffle).spaced(val_count)                # (N, T)
+    val = data.Sequences(corpus.val, context, shuffle, args.permutation).spaced(val_count)
     settings, out = run.describe(OBJECTIVE, args, corpus, config, batch, steps, options)
     if result := run.read(out / "result.json", settings):
         return run.print_result(result, out)

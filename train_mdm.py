@@ -77,10 +77,27 @@ def corrupt(ids, special_id, generator, schedule="linear", span=1):
     return inputs, weights
 
 
-def loss(model, ids, generator, schedule="linear", span=1):
+def corrupt_mixed(ids, special_id, generator, schedule="linear", span=1, span_share=1):
+    """Return what corrupt returns, with spans in some sequences and single tokens in the others.
+
+    Each sequence has its spans masked with probability span_share. So the loss estimates a mixture
+    of two bounds: that of spans and that of single tokens.
+    """
+    inputs, weights = corrupt(ids, special_id, generator, schedule, span)
+    if span_share < 1:
+        single_inputs, single_weights = corrupt(ids, special_id, generator, schedule)
+        single = torch.rand(len(ids), 1, generator=generator) >= span_share             # (B, 1)
+        single = single.to(ids.device)
+        inputs = torch.where(single, single_inputs, inputs)                             # (B, T)
+        weights = torch.where(single, single_weights, weights)                          # (B, T)
+    return inputs, weights
+
+
+def loss(model, ids, generator, schedule="linear", span=1, span_share=1):
     """Return the mean loss in nats per token of sequences ids (B, T): unbiased for the bound."""
     span = max(span, model.config.patch)
-    inputs, weights = corrupt(ids, model.config.vocab_size, generator, schedule, span)
+    inputs, weights = corrupt_mixed(ids, model.config.vocab_size, generator, schedule, span,
+                                    span_share)
     return (weights * model(inputs, ids)).mean()
 
 
@@ -128,10 +145,15 @@ def main():
     parser.add_argument("--schedule", choices=SCHEDULES, default="linear",
                         help="how the mask rate follows the time")
     parser.add_argument("--span", type=run.COUNT, default=1, help="mask spans of so many tokens")
+    parser.add_argument("--span-share", type=run.number(float, 1e-6, 1), default=1,
+                        help="the share of training sequences with spans; else single tokens")
     args = parser.parse_args()
     if args.span > 1 and args.patch > 1:
         raise data.InputError("--span and --patch do not go together: a patch is masked whole")
-    options = {"schedule": args.schedule, "span": max(args.span, args.patch)}
+    if args.span_share < 1 and args.span == 1:
+        raise data.InputError("--span-share goes with --span: it is the share of spans in training")
+    options = {"schedule": args.schedule, "span": max(args.span, args.patch),
+               "span_share": args.span_share}
     rank, world_size, device = run.setup(args, LEARNING_RATE)
 
     # The data: sequences of the same number of bytes for both tokenizers.
@@ -139,7 +161,7 @@ def main():
         corpus = data.load(args.data, args.tokenizer, args.vocab)
     tokenizer, context = corpus.tokenizer, corpus.tokens(args.context)
     shuffle = corpus.shuffle_tokens(args.shuffle, context)
-    train = data.Sequences(corpus.train, context, shuffle)
+    train = data.Sequences(corpus.train, context, shuffle, args.permutation)
     if context % args.span:
         raise data.InputError(f"--span {args.span} does not divide a sequence of {context} tokens")
 
@@ -149,7 +171,7 @@ def main():
     batch, steps = run.count_steps(args, batch_tokens(args.flops, args.tokenizer), config)
     # A small budget gets a small validation; before the last one, 1/16 of the text is read.
     val_count = max(16, min(VAL_BYTES // args.context, 2 * steps * batch))
-    val = data.Sequences(corpus.val, context, shuffle).spaced(val_count)                # (N, T)
+    val = data.Sequences(corpus.val, context, shuffle, args.permutation).spaced(val_count)
     settings, out = run.describe(OBJECTIVE, args, corpus, config, batch, steps, options)
     if result := run.read(out / "result.json", settings):
         return run.print_result(result, out)
@@ -167,7 +189,7 @@ def main():
         # A batch and its corruption are pure functions of (seed, step), the same on all ranks.
         ids = torch.from_numpy(train.batch(args.seed, step, batch))                     # (B, T)
         generator = run.generator(args.seed, step)
-        return ids, *corrupt(ids, config.vocab_size, generator, **options)
+        return ids, *corrupt_mixed(ids, config.vocab_size, generator, **options)
 
     bar = tqdm(run.ahead(draw, range(log.step, steps), device), out.name, steps, initial=log.step,
                disable=rank > 0, mininterval=run.BAR_SECONDS)

@@ -30,8 +30,8 @@ SCRIPTS = {"train_ar.py": (*TRAIN, "2e8", "--out", "o"), "sample.py": ("ar", "--
 NUMBERS = ("0", "1", "-1", "7", "16", "64", "1e3", "1e9", "nan", "inf", "1e400", "x", "", "9" * 400)
 FLAGS = dict.fromkeys(
     ("--flops", "--width", "--context", "--batch", "--micro", "--lr", "--seed", "--shuffle",
-     "--span", "--vocab", "--steps", "--length", "--samples", "--temperature", "--top-k",
-     "--budgets", "--widths", "--seeds"), NUMBERS) | {
+     "--permutation", "--phase", "--span", "--span-share", "--vocab", "--steps", "--length",
+     "--samples", "--temperature", "--top-k", "--budgets", "--widths", "--seeds"), NUMBERS) | {
     "--tokenizer": ("bpe", "word", ""), "--device": ("meta", ""), "--schedule": ("cosine", "none"),
     "--data": ("noise", "bad.gz", "c4:0", "/dev/zero", "fifo", "..", ""), "--infill": ("a___b", ""),
     "--out": ("", "text.txt", "/proc/x", "$\\foo$"), "--prompt": ("\udcff", "\x1b[2J")}

@@ -430,6 +430,25 @@ def test_shuffling_permutes_each_block_alike():
     assert (data.permutation(1) == [0]).all() and (data.permutation(2) == [1, 0]).all()
 
 
+@pytest.mark.parametrize("block", [3, 4, 8, 16, 32, 64, 512])
+def test_permutations_are_permutations_and_differ_by_their_index(block):
+    orders = {tuple(data.permutation(block, index).tolist()) for index in range(3)}
+    assert len(orders) == 3 and tuple(range(block)) not in orders
+    assert all(sorted(order) == list(range(block)) for order in orders)
+    # Permutation 0 is the one of the published rows.
+    rng = np.random.default_rng(block)
+    assert (data.permutation(block) == rng.permutation(block)).all()
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_training_and_validation_are_shuffled_by_one_permutation(index):
+    sequences = Sequences(np.arange(6400, dtype=np.uint16), 32, 8, index)
+    order = data.permutation(8, index)
+    for ids in (sequences.batch(0, 0, 5), sequences.batch(9, 70, 5), sequences.spaced(7)):
+        blocks = ids.reshape(-1, 8)
+        assert (blocks == blocks.min(axis=1)[:, None] + order).all()
+
+
 def test_validation_sequences_do_not_overlap():
     sequences = Sequences(np.arange(1000, dtype=np.uint16), 10)
     found = sequences.spaced(30)
@@ -437,10 +456,11 @@ def test_validation_sequences_do_not_overlap():
     assert sequences.spaced(10**6).shape == (100, 10)
 
 
-@pytest.mark.parametrize("length, context, shuffle", [(19, 10, 1), (100, 10, 3)])
-def test_impossible_sequences_are_refused(length, context, shuffle):
+@pytest.mark.parametrize("length, context, shuffle, index", [
+    (19, 10, 1, 0), (100, 10, 3, 0), (100, 10, 1, 1), (100, 10, 2, 1)])
+def test_impossible_sequences_are_refused(length, context, shuffle, index):
     with pytest.raises(InputError):
-        Sequences(np.zeros(length, dtype=np.uint8), context, shuffle)
+        Sequences(np.zeros(length, dtype=np.uint8), context, shuffle, index)
 
 
 def test_english_has_a_document_a_speech_an_essay_and_fifty_entries(tmp_path, monkeypatch, capsys):

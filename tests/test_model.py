@@ -55,6 +55,68 @@ def test_only_the_distance_between_positions_matters():
     assert (net(near)[0, 0] - net(far)[0, 0]).abs().max() > 1e-4
 
 
+def logits_by_hand(net, ids, phase):
+    """Return the logits of ids (B, T), the phases added one position at a time."""
+    x = net.embedding(ids)
+    for t in range(ids.size(1) if phase else 0):
+        x[:, t] += net.phase_embedding.weight[t % phase]
+    for block in net.blocks:
+        x = block(x, net.cos[:ids.size(1)], net.sin[:ids.size(1)])
+    return net.head(net.norm(x))[..., :net.config.vocab_size]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("phase", [0, 1, 4, 7, 16])
+def test_the_phase_is_added_to_the_input_and_without_it_nothing_is(phase, causal):
+    net = random_model(model.Config(context=16, width=64, causal=causal, phase=phase))
+    plain = random_model(model.Config(context=16, width=64, causal=causal))
+    ids = torch.randint(257, (2, 16))
+    assert torch.equal(net(ids), logits_by_hand(net, ids, phase))
+    new = set(dict(net.named_parameters())) - set(dict(plain.named_parameters()))
+    assert new == ({"phase_embedding.weight"} if phase else set())
+    if phase:
+        assert not torch.equal(net(ids), logits_by_hand(net, ids, 0))
+        # With nothing to add it is the plain model, to the bit.
+        plain.load_state_dict(net.state_dict(), strict=False)
+        torch.nn.init.zeros_(net.phase_embedding.weight)
+        assert torch.equal(net(ids), plain(ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("phase", [0, 4])
+def test_a_shift_by_whole_phases_changes_nothing_and_by_other_numbers_all(phase, causal):
+    net = random_model(model.Config(context=32, width=64, causal=causal, phase=phase))
+    ids = torch.randint(257, (1, 16))
+    first = net(ids)[0]
+    for shift in (1, 2, 4, 8, 13, 16):
+        shifted = random_model(net.config)
+        for name, buffer in shifted.named_buffers():
+            setattr(shifted, name, buffer.roll(-shift, dims=0))
+        moved = (shifted(ids)[0] - first).abs().amax(dim=1)
+        if phase and shift % phase:
+            assert moved.min() > 1e-2
+        else:
+            assert moved.max() < 1e-4
+
+
+def test_a_phase_costs_no_flops_and_is_an_embedding():
+    config = model.Config(300, 64, 64, phase=8)
+    assert model.flops_per_token(config) == model.flops_per_token(model.Config(300, 64, 64))
+    with torch.device("meta"):
+        net, plain = model.Transformer(config), model.Transformer(model.Config(300, 64, 64))
+        ids = torch.zeros(3, 64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        net(ids, ids).mean().backward()
+    assert counter.get_total_flops() == model.flops_per_token(config) * 3 * 64
+    assert net.count_params(embedding=False) == plain.count_params(embedding=False)
+    assert net.count_params() == plain.count_params() + 8 * 64
+    groups = [group for group in model.make_optimizer(net).param_groups
+              if any(p is net.phase_embedding.weight for p in group["params"])]
+    assert len(groups) == 1 and any(p is net.embedding.weight for p in groups[0]["params"])
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("width, vocab_size, context", [
     (32, 256, 512), (64, 256, 512), (96, 4096, 144), (128, 256, 512), (224, 300, 96),
@@ -146,7 +208,7 @@ def test_width_576_is_the_papers_smallest_model():
 
 @pytest.mark.parametrize("shape", [
     {"width": 100}, {"width": 288}, {"width": 0}, {"width": -64}, {"vocab_size": 0},
-    {"context": 0}])
+    {"context": 0}, {"phase": -1}, {"phase": 513}, {"phase": 2, "patch": 2}])
 def test_impossible_shapes_are_refused(shape):
     with pytest.raises(ValueError):
         model.Config(**shape)
@@ -178,9 +240,9 @@ def test_updates_keep_their_size_across_widths():
     assert 0.6 < moved[1] / moved[0] < 1.7, moved
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_model_compiles_to_one_graph(causal):
-    config = model.Config(width=64, context=32, causal=causal)
+@pytest.mark.parametrize("causal, phase", [(True, 0), (False, 0), (True, 8), (False, 8)])
+def test_the_model_compiles_to_one_graph(causal, phase):
+    config = model.Config(width=64, context=32, causal=causal, phase=phase)
     net, ids = random_model(config), torch.randint(256, (2, 32))
     whole = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(whole(ids, ids), net(ids, ids))
@@ -200,8 +262,9 @@ def test_the_padding_of_the_vocabulary_is_never_seen():
 
 
 @torch.no_grad()
-def test_the_cache_gives_the_logits_of_the_whole_sequence():
-    config = model.Config(context=20, width=64)
+@pytest.mark.parametrize("phase", [0, 3])
+def test_the_cache_gives_the_logits_of_the_whole_sequence(phase):
+    config = model.Config(context=20, width=64, phase=phase)
     net, ids = random_model(config), torch.randint(256, (3, 20))
     cache = model.KVCache(net, 3)
     parts = [net(ids[:, :7], cache=cache)]

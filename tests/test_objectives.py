@@ -153,6 +153,50 @@ def test_the_mdm_loss_is_unbiased_on_few_sequences(schedule, size):
     assert np.mean(losses) == pytest.approx(exact, abs=4 * np.std(losses) / math.sqrt(1500))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("schedule, size, count, share", [
+    ("linear", 1, 800, 0.5), ("cosine", 1, 800, 0.3), ("linear", 50, 60, 0.5),
+    ("cosine", 50, 60, 0.8), ("linear", 50, 60, 0.1)])
+def test_a_span_share_trains_on_the_mixture_of_two_bounds(schedule, size, count, share):
+    net, ids = tiny(3, 4, causal=False), torch.tensor([2, 1, 2, 1])
+    spans, singles = bound_by_count(net, ids, 4), bound_by_count(net, ids, 1)
+    # Far apart, so that a wrong share shows.
+    assert spans < 0.2 * singles
+    exact = share * spans + (1 - share) * singles
+    generator, batch = torch.Generator().manual_seed(0), ids.expand(size, -1)
+    losses = [4 * train_mdm.loss(net, batch, generator, schedule, 4, share).item()
+              for _ in range(count)]
+    error = np.std(losses, ddof=1) / math.sqrt(count)
+    assert np.mean(losses) == pytest.approx(exact, abs=4 * error)
+    assert error < 0.07 * (singles - spans)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_sequence_has_spans_or_single_tokens_by_its_own_draw(size):
+    ids = torch.zeros(size, 64, dtype=torch.long)
+    kinds = []
+    for step in range(600):
+        generators = [run.generator(0, step) for _ in range(2)]
+        inputs, weights = train_mdm.corrupt_mixed(ids, 5, generators[0], span=8, span_share=0.3)
+        again = train_mdm.corrupt_mixed(ids, 5, generators[1], span=8, span_share=0.3)
+        assert torch.equal(inputs, again[0]) and torch.equal(weights, again[1])
+        masked = inputs == 5
+        assert ((weights > 0) == masked).all()
+        runs = masked.view(size, 8, 8)
+        # All single tokens masked look like spans: not counted.
+        mixed = ~masked.all(dim=1)
+        kinds.append((runs.all(dim=2) == runs.any(dim=2)).all(dim=1)[mixed])
+    spanned = torch.cat(kinds).double()
+    # An eighth of the spans is left out, since all of them are masked, and a 64th of the others.
+    expected = 0.3 * 7 / 8 / (0.3 * 7 / 8 + 0.7 * 63 / 64)
+    assert spanned.mean().item() == pytest.approx(expected, abs=4 * (0.21 / len(spanned)) ** 0.5)
+    if size > 1:
+        assert any(0 < kind.double().mean() < 1 for kind in kinds if len(kind))
+    whole = train_mdm.corrupt_mixed(ids, 5, run.generator(0, 1), "cosine", 8)
+    alone = train_mdm.corrupt(ids, 5, run.generator(0, 1), "cosine", 8)
+    assert all(torch.equal(a, b) for a, b in zip(whole, alone, strict=True))
+
+
 def order_likelihood(net, ids, order, span):
     """Return p(ids) when its runs are predicted one by one in this order."""
     masked = torch.ones(len(order), dtype=torch.bool)

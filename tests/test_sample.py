@@ -48,10 +48,11 @@ def chi_squared(ids, probabilities):
 # AR.
 
 @torch.no_grad()
-@pytest.mark.parametrize("prompt", [0, 1, 5, 11, 12, 30])
-def test_generation_with_the_cache_sees_the_logits_of_the_whole_text(monkeypatch, prompt):
+@pytest.mark.parametrize("prompt, phase", [
+    (0, 0), (1, 0), (5, 0), (11, 0), (12, 0), (30, 0), (0, 4), (5, 4), (30, 4)])
+def test_generation_with_the_cache_sees_the_logits_of_the_whole_text(monkeypatch, prompt, phase):
     """Also when the context is full and its second half is read again."""
-    model, text = random_model(causal=True), torch.randint(11, (3, prompt))
+    model, text = random_model(causal=True, phase=phase), torch.randint(11, (3, prompt))
     seen, queue = [], iter(torch.randint(11, (40, 3)))
     monkeypatch.setattr(sample, "pick", lambda logits: (seen.append(logits), next(queue))[1])
     bos = torch.full((3, 1), 11)

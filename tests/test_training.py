@@ -2,6 +2,7 @@
 import argparse
 import csv
 import difflib
+import itertools
 import json
 import math
 import os
@@ -225,7 +226,8 @@ def test_a_large_batch_is_a_multiple_of_eight_sequences():
 
 def test_shuffle_span_and_schedule_are_applied(workplace):
     train(workplace, "mdm", "plain", "--flops", 2e9)
-    train(workplace, "mdm", "ones", "--flops", 2e9, "--shuffle", 1, "--span", 1)
+    train(workplace, "mdm", "ones", "--flops", 2e9, "--shuffle", 1, "--span", 1,
+          "--permutation", 0, "--phase", 0, "--span-share", 1)
     assert same_bits(weights_of(workplace / "plain"), weights_of(workplace / "ones"))
     mixed = train(workplace, "mdm", "mixed", "--flops", 2e9, "--shuffle", 8, "--span", 4,
                   "--schedule", "cosine")
@@ -234,6 +236,38 @@ def test_shuffle_span_and_schedule_are_applied(workplace):
     assert (result["shuffle"], result["span"], result["schedule"]) == (8, 4, "cosine")
     assert result["val_bytes"] == result_of(workplace / "plain")["val_bytes"]
     assert 1.5 < result["val_bpb_span1"] < 9 and result["val_bpb_span1"] != result["val_bpb"]
+
+
+def test_phase_permutation_and_span_share_are_applied(workplace):
+    flags = ("--flops", 2e9, "--shuffle", 8, "--span", 4)
+    weights = []
+    for i, more in enumerate(((), ("--phase", 8), ("--permutation", 1), ("--span-share", 0.5))):
+        done = train(workplace, "mdm", f"control-{i}", *flags, *more)
+        assert done.returncode == 0, done.stderr
+        weights.append(weights_of(workplace / f"control-{i}"))
+        result = result_of(workplace / f"control-{i}")
+        assert more == () or result[more[0][2:].replace("-", "_")] == more[1]
+        assert 1.5 < result["val_bpb_span1"] < 9
+    for a, b in itertools.combinations(weights, 2):
+        assert not torch.equal(a["embedding.weight"], b["embedding.weight"])
+    net, settings, _ = run.load_model(workplace / "control-1")
+    assert settings["phase"] == 8 and net.phase_embedding.weight.shape == (8, 32)
+    # Training has moved it, with the rates of an embedding.
+    torch.manual_seed(0)
+    new = model.Transformer(net.config).phase_embedding.weight
+    assert ((net.phase_embedding.weight - new).abs() > 1e-4).float().mean() > 0.9
+
+
+def test_a_result_from_before_a_flag_counts_as_finished(workplace):
+    train(workplace, "ar", "older", "--flops", 2e9)
+    result = result_of(workplace / "older")
+    for key in ("permutation", "phase", "span_share"):
+        del result[key]
+    (workplace / "older/result.json").write_text(json.dumps(result))
+    done = train(workplace, "ar", "older", "--flops", 2e9)
+    assert done.returncode == 0 and f"{result['val_bpb']:.4f}" in done.stdout
+    refused = train(workplace, "ar", "older", "--flops", 2e9, "--phase", 8)
+    assert_one_line(refused, "its phase is 0, not 8")
 
 
 @pytest.mark.parametrize("sequences", [2, 7, 31, 251, 563, 1123])
@@ -612,7 +646,11 @@ BAD = [
     ("--device cuda:77", "cuda:77"), ("--device meta", "meta"), ("--nonsense", "nonsense"),
     ("--out /proc/nowhere/run", "/proc/nowhere"), ("--out text.txt", "text.txt"),
     ("--flops 1e30 --width 65536", "memory"), ("--span 5", "5"), ("--span 0", "span"),
-    ("--schedule none", "none")]
+    ("--schedule none", "none"), ("--phase -1", "phase"), ("--phase 65", "65"),
+    ("--phase 4 --patch 4", "--patch"), ("--phase 1.5", "phase"), ("--permutation 1", "--shuffle"),
+    ("--permutation -1", "permutation"), ("--permutation 1 --shuffle 2", "blocks of 2"),
+    ("--span-share 0.5", "--span"), ("--span-share 0 --span 4", "span-share"),
+    ("--span-share 1.5 --span 4", "span-share"), ("--span-share nan --span 4", "span-share")]
 
 
 @pytest.mark.parametrize("arguments, word", BAD, ids=[case[0][:30] for case in BAD])

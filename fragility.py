@@ -1,9 +1,11 @@
-"""Why bytes cost, and what helps: shuffled order, span masking, segmentation, remedies.
+"""Why bytes cost, and what helps: shuffled order, span masking, segmentation, remedies, checks.
 
     python fragility.py shuffle                 # the order of tokens permuted within blocks
     python fragility.py span                    # MDM on bytes: runs of bytes masked together
     python fragility.py segmentation            # entropy of byte models where BPE tokens start
     python fragility.py remedies                # convolutions, patches, and a bell of mask rates
+    python fragility.py order                   # MDM on bytes read from left to right
+    python fragility.py repetition              # text that is not like the training text
     python fragility.py shuffle --plot-only     # from results/shuffle.csv alone
 
 shuffle: one fixed permutation, the same in every aligned block, keeps the information of a text and
@@ -13,8 +15,8 @@ depends on the byte's position in its block, which relative positions do not tel
 span: the bound of a span S predicts the S bytes of a run independently of each other. The bound of
 single bytes is shown beside it.
 
-remedies.py holds what gives contiguity back, and segmentation.py how unsure a byte model is where a
-token starts.
+remedies.py holds what gives contiguity back, segmentation.py how unsure a byte model is where a
+token starts, and likelihood.py what the order of reading and repeated text do to the bits per byte.
 """
 import math
 import sys
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+import likelihood
 import remedies
 import run
 import scaling
@@ -33,6 +36,9 @@ from sweep import CONFIGURATIONS, exact
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64)     # bytes that are permuted; the whole sequence is added
 SPANS = (1, 2, 4, 8, 16)              # bytes that are masked together
+# Studies that read finished runs.
+READ = {"segmentation": segmentation.study, "order": likelihood.study_order,
+        "repetition": likelihood.study_repetition}
 BUDGET = {"cpu": 1e12, "mps": 3e13, "cuda": 1e17}
 INTERVAL = 1.645                      # half of a 90% interval, in standard errors
 
@@ -162,14 +168,14 @@ def intervene(args):
 
 def main():
     parser = sweep.study_arguments(__doc__)
-    parser.add_argument("study", choices=("shuffle", "span", "segmentation", "remedies"))
+    parser.add_argument("study", choices=("shuffle", "span", "remedies", *READ))
     parser.add_argument("--runs", type=run.path, nargs="+",
-                        help="run folders that segmentation reads (default: all of runs/gap)")
+                        help=f"run folders that {', '.join(READ)} read (default: all of runs/gap)")
     args = parser.parse_args()
-    if args.study == "segmentation":
-        segmentation.study(args)
+    if args.study in READ:
+        READ[args.study](args)
     elif args.runs:
-        raise InputError("--runs goes with segmentation")
+        raise InputError(f"--runs goes with {', '.join(READ)}")
     elif args.study == "remedies":
         remedies.study(args)
     else:

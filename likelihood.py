@@ -11,7 +11,6 @@ repetition: the bits per byte of validation sequences without a long match in th
 beside all. BPE reads more text than bytes at equal FLOPs, so it may profit more from repetition.
 """
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,24 +27,18 @@ from train_ar import VAL_BYTES
 ORDER_SEQUENCES = 16                  # that MDM reads at all positions
 ORDER_MASKS = 128                     # for the bound of each of these
 LENGTHS = (32, 64)                    # bytes of a match, powers of two
-MASKS = 4                             # for the bound of each sequence, to judge repetition
+MASKS = 2                             # for the bound of each sequence, to judge repetition
 BLOCK = 2**24                         # bytes of training text whose hashes are in memory
 RESAMPLES = 1000                      # of the bootstrap over sequences
 ORDER_COLUMNS = {"flops_budget": float, "width": int, "sequences": int, "left": float,
                  "bound": float, "bound_less_left": float, "stderr": float}
-# length: of the match that the sequences do not have, 0 for all sequences. gap: of bytes less BPE.
-# change: of the gap, from all sequences to these.
+# length: of the match that the sequences do not have, 0 for all of them. bytes_per_token: of BPE.
+# gap: of bytes less BPE. change: of the gap, from all sequences to these.
 MEASURES = ("byte", "bpe", "gap", "change")
 REPETITION_COLUMNS = {
     "objective": str, "flops_budget": float, "byte_width": int, "bpe_width": int, "length": int,
-    "byte_sequences": int, "bpe_sequences": int} | {
+    "byte_sequences": int, "bpe_sequences": int, "bytes_per_token": float} | {
     name + end: float for name in MEASURES for end in ("", "_low", "_high")}
-
-
-def find_runs(args, tokenizer="byte"):
-    """Return the runs to read, as segmentation.best_runs does."""
-    folders = args.runs or sorted(Path("runs/gap").glob("*"))
-    return segmentation.best_runs(folders, args.budgets, tokenizer)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -78,7 +71,7 @@ def study_order(args):
     if args.dry_run:
         raise InputError("--dry-run: order trains nothing")
     if not args.plot_only:
-        runs = find_runs(args)
+        runs = segmentation.find_runs(args)
         byte, T = segmentation.load_corpus(args, runs), runs[0][0]["context_tokens"]
         sequences = data.Sequences(byte.val, T).spaced(ORDER_SEQUENCES)                 # (N, T)
         rows = []
@@ -183,13 +176,15 @@ def repetition_rows(objective, pair, corpora, matches, device):
                 chosen = without_match(begin, end, matches[length], length)
             values.append(bits_per_byte(bits, end - begin, chosen, resamples))
             counts.append(int(chosen.sum()))
+        # Of the last of both, BPE.
+        spelled = (end - begin)[chosen].sum() / max(1, counts[1] * pair[1][0]["context_tokens"])
         gap = values[0] - values[1]
         if length == 0:
             gap_of_all = gap
         measured = []
         for value in (*values, gap, gap - gap_of_all):
             measured += segmentation.with_interval(value)
-        rows.append([*about, length, *counts, *measured])
+        rows.append([*about, length, *counts, spelled, *measured])
     return rows
 
 
@@ -210,7 +205,8 @@ def study_repetition(args):
     if args.dry_run:
         raise InputError("--dry-run: repetition trains nothing")
     if not args.plot_only:
-        byte_runs, bpe_runs = find_runs(args), find_runs(args, "bpe")
+        byte_runs = segmentation.find_runs(args)
+        bpe_runs = segmentation.find_runs(args, "bpe")
         byte = segmentation.load_corpus(args, byte_runs + bpe_runs)
         bpe = data.load(args.data, "bpe", bpe_runs[0][0]["vocab_size"])
         matches = {length: repeated(byte.val, byte.train, length) for length in LENGTHS}
@@ -227,12 +223,13 @@ def show_repetition(rows):
     """Print the table of repetition."""
     lines = []
     for row in rows:
-        chosen = f"without {row['length']} bytes of it" if row["length"] else "all"
+        chosen = f"no match of {row['length']}" if row["length"] else "all"
         change = segmentation.spread(row, "change", "+") if row["length"] else ""
         lines.append([f"{row['objective'].upper()}, {exact(row['flops_budget'])}", chosen,
                       f"{row['byte_sequences']:,}, {row['bpe_sequences']:,}",
+                      f"{row['bytes_per_token']:.2f}",
                       *(segmentation.spread(row, name) for name in ("byte", "bpe", "gap")), change])
-    scaling.print_table("Bits per byte of validation sequences that have no match of so many bytes "
-                        "in the training text [90% of bootstrap samples of the sequences]",
-                        ["FLOPs", "sequences", "their number: bytes, BPE", "bytes", "BPE",
-                         "bytes less BPE", "its change from all"], lines)
+    scaling.print_table("Bits per byte of validation sequences without a match of so many bytes in "
+                        "the training text [90% of bootstrap samples of the sequences]",
+                        ["FLOPs", "sequences", "their number: bytes, BPE", "bytes a token",
+                         "bytes", "BPE", "bytes less BPE", "its change from all"], lines)

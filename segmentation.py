@@ -169,7 +169,8 @@ def best_runs(folders, budgets, tokenizer="byte"):
         if result is None or not (folder / "checkpoint.pt").exists():
             continue
         result = run.PLAIN | result
-        plain = result["shuffle"] == result["span"] == result["patch"] == 1
+        # Of a flag that it lacks, an older run has None.
+        plain = all(result[key] in (value, None) for key, value in run.PLAIN.items())
         wanted = plain and result["tokenizer"] == tokenizer
         if wanted and (not budgets or result["flops_budget"] in budgets):
             key = result["objective"], result["flops_budget"]
@@ -186,6 +187,12 @@ def best_runs(folders, budgets, tokenizer="byte"):
     return [best[key] for key in sorted(best)]
 
 
+def find_runs(args, tokenizer="byte"):
+    """Return the best runs of the folders in --runs, by default of runs/gap."""
+    folders = args.runs or sorted(Path("runs/gap").glob("*"))
+    return best_runs(folders, args.budgets, tokenizer)
+
+
 def load_corpus(args, runs):
     """Return the byte corpus of runs. Raise InputError if they were trained on another text."""
     args.data = args.data or "pysrc"
@@ -200,7 +207,8 @@ def load_corpus(args, runs):
 def read_all(runs, text, sequences, positions, device):
     """Yield (reading, level, width, seed, values (2, N, P)) of the runs and of what needs none.
 
-    runs: as best_runs returns them. text: what the n-gram models count. values: scores, surprisals.
+    runs: as best_runs returns them. text: what the n-gram models count. values: the scores and the
+    surprisals, nan for a detector that predicts nothing.
     """
     targets = np.take_along_axis(sequences, positions, 1)
     before = np.take_along_axis(sequences, positions - 1, 1)
@@ -266,7 +274,7 @@ def read_line(runs, sequences, starts, vocab_size, device):
 
 def make_tables(args, areas, line):
     """Read finished runs, and write the two tables."""
-    runs = best_runs(args.runs or sorted(Path("runs/gap").glob("*")), args.budgets)
+    runs = find_runs(args)
     byte, T, device = load_corpus(args, runs), runs[0][0]["context_tokens"], run.pick_device()
     bpe = data.load(args.data, "bpe", args.vocab)
     sequences = data.Sequences(byte.val, T).spaced(SEQUENCES)                       # (N, T)

@@ -256,7 +256,7 @@ def test_blocks_of_as_many_bpe_tokens_are_one_run():
 @pytest.mark.parametrize("study, figure, words", [
     ("shuffle", "shuffle", "| 512 | 2.81 [2.79, 2.82] | 4.53 [4.52, 4.55] |"),
     ("span", "span", "| 2 | 4.01 [3.99, 4.03] | 3.88 [3.86, 3.90] | 2.81 [2.79, 2.83] |"),
-    ("segmentation", "entropy", "| AR | 1e13 | 2.096 | 0.664 [0.644, 0.686] |")])
+    ("segmentation", "entropy", "| AR | 1e13 | 2.034 [1.944, 2.126] | 0.678 [0.658, 0.695] |")])
 def test_published_tables_are_shown_without_training(tmp_path, study, figure, words):
     for name in {study, figure}:
         shutil.copy(ROOT / "results" / f"{name}.csv", tmp_path)
@@ -264,6 +264,15 @@ def test_published_tables_are_shown_without_training(tmp_path, study, figure, wo
     assert shown.returncode == 0, shown.stderr
     assert words in shown.stdout
     assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("study, words", [
+    ("order", "| 1e14 | 2.777 | 2.823 | +0.045 +- 0.021 |"),
+    ("repetition", "| AR, 1e13 | no match of 64 | 1,408, 1,412 | 3.25 | 2.162 [2.143, 2.181] |")])
+def test_published_tables_of_the_checks_are_shown(tmp_path, study, words):
+    shutil.copy(ROOT / "results" / f"{study}.csv", tmp_path)
+    shown = here(tmp_path, "fragility.py", study, "--plot-only", "--out", tmp_path)
+    assert words in shown.stdout, shown.stderr
 
 
 def sweep_here(specs, path, args, folder):
@@ -374,6 +383,8 @@ def test_planted_remedies_are_recovered_with_their_share_of_the_gap():
     (("span", "--plot-only", "--out", "nowhere"), "no finished run"),
     (("segmentation", *TINY, "--runs", "nowhere"), "no finished byte run"),
     (("segmentation", "--plot-only", "--out", "nowhere"), "segmentation.csv"),
+    (("order", *TINY, "--runs", "nowhere"), "no finished byte run"),
+    (("repetition", "--plot-only", "--out", "nowhere"), "repetition.csv"),
     (("remedies", "--plot-only", "--out", "nowhere"), "too few runs")])
 def test_bad_input_is_one_line(workplace, arguments, words):
     assert_one_line(here(workplace, "fragility.py", *arguments), words)

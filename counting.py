@@ -8,7 +8,7 @@ bigram   for AR: the pairs of the training text (Witten and Bell, 1991)
 bag      for MDM: the tokens that are visible in the sequence, in any order, and the unigram
 
 Each is a model with the interface of the Transformer, so that train_ar.evaluate and
-train_mdm.evaluate read it as they read a trained one.
+train_mdm.evaluate read it as they read a trained one. ngrams() goes on to longer contexts.
 """
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +96,41 @@ def baselines(corpus, context_bytes):
             "unigram": train_ar.evaluate(Unigram(p), val, bytes_per_id)[0],
             "bigram": train_ar.evaluate(Bigram(p, text), val, bytes_per_id)[0],
             "bag": train_mdm.evaluate(Bag(p, strength), val, bytes_per_id)[0]}
+
+
+def count(text, length):
+    """Return the strings of length bytes in text (uint8) as sorted numbers, and their counts."""
+    n = len(text) - length + 1
+    strings = np.zeros(n, dtype=np.uint64)
+    for k in range(length):
+        strings <<= np.uint64(8)
+        strings |= text[k:k + n]
+    return np.unique(strings, return_counts=True)
+
+
+def ngrams(text, sequences, positions, orders):
+    """Yield what n-gram models of bytes predict, of orders 1 to orders (at most 7): (N, P, 256).
+
+    p(b | c) = (count of cb + u p(b | c without its first byte)) / (count of c + u), c: the bytes
+    before, as many as the order says; u: the kinds of bytes that follow c in text (uint8). By
+    Witten and Bell (1991). Order 0 mixes the unigram so with equal chances for all bytes.
+    sequences (N, T), positions (N, P), none of them below orders.
+    """
+    p = np.full((*positions.shape, 256), 1 / 256)
+    context = np.zeros(positions.shape, dtype=np.uint64)
+    for order in range(orders + 1):
+        if order > 0:
+            further = np.take_along_axis(sequences, positions - order, 1).astype(np.uint64)
+            context |= further << np.uint64(8 * (order - 1))
+        strings, counts = count(text, order + 1)
+        wanted = (context[..., None] << np.uint64(8)) + np.arange(256, dtype=np.uint64)
+        at = np.searchsorted(strings, wanted).clip(max=len(strings) - 1)            # (N, P, 256)
+        seen = np.where(strings[at] == wanted, counts[at], 0)                       # (N, P, 256)
+        # Where c was never seen, the lower order stands.
+        kinds = (seen > 0).sum(axis=2, keepdims=True).clip(1)                       # (N, P, 1)
+        p = (seen + kinds * p) / (seen.sum(axis=2, keepdims=True) + kinds)
+        if order > 0:
+            yield p
 
 
 def main():

@@ -1,9 +1,11 @@
-"""Why bytes cost, and what helps: shuffled order, span masking, segmentation, remedies.
+"""Why bytes cost, and what helps: shuffled order, span masking, segmentation, remedies, checks.
 
     python fragility.py shuffle                 # the order of tokens permuted within blocks
     python fragility.py span                    # MDM on bytes: runs of bytes masked together
     python fragility.py segmentation            # entropy of byte models where BPE tokens start
     python fragility.py remedies                # convolutions, patches, and a bell of mask rates
+    python fragility.py order                   # MDM on bytes read from left to right
+    python fragility.py repetition              # text that is not like the training text
     python fragility.py shuffle --plot-only     # from results/shuffle.csv alone
     python fragility.py span --controls 2 4     # only half spans, and what they are compared with
 
@@ -15,8 +17,8 @@ controls are told the phase, in shuffled and in plain order alike.
 span: the bound of a span S predicts the S bytes of a run independently of each other. The bound of
 single bytes is shown beside it. The controls have spans in half of the training sequences only.
 
-remedies.py holds what gives contiguity back, and segmentation.py how unsure a byte model is where a
-token starts.
+remedies.py holds what gives contiguity back, segmentation.py how unsure a byte model is where a
+token starts, and likelihood.py what the order of reading and repeated text do to the bits per byte.
 """
 import math
 import sys
@@ -25,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+import likelihood
 import remedies
 import run
 import scaling
@@ -40,6 +43,9 @@ SPANS = (1, 2, 4, 8, 16)              # bytes that are masked together
 CONTROLS = {"shuffle": (2, 4, 8, 32), "span": (2, 4, 8)}
 # Permutation 1 leaves most neighbours together: 2 of 3 in blocks of 4, 5 of 7 in blocks of 8.
 PERMUTATIONS = (0, 2)
+# Studies that read finished runs.
+READ = {"segmentation": segmentation.study, "order": likelihood.study_order,
+        "repetition": likelihood.study_repetition}
 BUDGET = {"cpu": 1e12, "mps": 3e13, "cuda": 1e17}
 INTERVAL = 1.645                      # half of a 90% interval, in standard errors
 SAMPLES = 10_000                      # of the errors
@@ -298,18 +304,18 @@ def intervene(args):
 
 def main():
     parser = sweep.study_arguments(__doc__)
-    parser.add_argument("study", choices=("shuffle", "span", "segmentation", "remedies"))
+    parser.add_argument("study", choices=("shuffle", "span", "remedies", *READ))
     parser.add_argument("--controls", type=run.number(int, 2, 2**20), nargs="+",
                         help="of shuffle and span, train the controls only, with these lengths")
     parser.add_argument("--runs", type=run.path, nargs="+",
-                        help="run folders that segmentation reads (default: all of runs/gap)")
+                        help=f"run folders that {', '.join(READ)} read (default: all of runs/gap)")
     args = parser.parse_args()
     if args.controls and args.study not in CONTROLS:
         raise InputError("--controls goes with shuffle and span")
-    if args.study == "segmentation":
-        segmentation.study(args)
+    if args.study in READ:
+        READ[args.study](args)
     elif args.runs:
-        raise InputError("--runs goes with segmentation")
+        raise InputError(f"--runs goes with {', '.join(READ)}")
     elif args.study == "remedies":
         remedies.study(args)
     else:

@@ -1,4 +1,4 @@
-"""fragility.py, segmentation.py, remedies.py: measures against brute force, studies end to end."""
+"""fragility.py and the studies it runs: measures against brute force, studies end to end."""
 import itertools
 import math
 import re
@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line, here
 
+import counting
 import data
 import fragility
+import likelihood
 import remedies
 import run
 import segmentation
@@ -33,9 +35,19 @@ def trained_looking(causal, vocab_size=20, context=24):
     return model
 
 
-def entropy_of(logits):
+def bits_in_order(model, sequence, order):
+    """Return the bits of a sequence (T,) whose tokens MDM predicts in this order."""
+    inputs, bits = torch.full_like(sequence, model.config.vocab_size), 0
+    for at in order:
+        bits -= model(inputs[None])[0, at].log_softmax(dim=-1)[sequence[at]].item() / math.log(2)
+        inputs[at] = sequence[at]
+    return bits
+
+
+def measured(logits, target):
+    """Return the entropy of a prediction and the surprisal of the target, in bits."""
     p = logits.detach().double().softmax(dim=-1).numpy()
-    return pytest.approx(-(p * np.log2(p)).sum(), abs=1e-4)
+    return pytest.approx([-(p * np.log2(p)).sum(), -np.log2(p[target])], abs=1e-4)
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])
@@ -49,17 +61,57 @@ def test_auroc_is_the_share_of_pairs_in_order(levels):
     assert math.isnan(segmentation.auroc(scores, scores > 9999))
 
 
-def test_the_interval_of_auroc_is_over_sequences():
+def test_a_reading_is_judged_over_sequences_and_within_identifiers():
     """Sequences that are all alike have no spread; the truth is inside the interval of others."""
     rng = np.random.default_rng(0)
-    starts = rng.random((64, 50)) < 0.3
-    scores = rng.standard_normal((64, 50)) + starts
+    starts, inside = rng.random((64, 50)) < 0.3, rng.random((64, 50)) < 0.5
+    # Within identifiers the scores are better: one standard deviation apart, outside none.
+    scores = rng.standard_normal((64, 50)) + starts * inside
+    reading = np.stack([scores, scores**2])
     resamples = rng.integers(64, size=(200, 64))
-    area, low, high = segmentation.auroc_with_interval(scores, starts, resamples)
+    bpb, area, within = segmentation.judge(reading, starts, inside, resamples)
+    assert bpb[0] == pytest.approx((scores**2).mean())
+    assert bpb[3] == pytest.approx((scores[resamples[2]]**2).mean())
+    assert area[0] == segmentation.auroc(scores.ravel(), starts.ravel())
+    value, low, high = segmentation.with_interval(within)
     expected = 0.5 * (1 + math.erf(0.5))
-    assert low < area < high and low < expected < high and high - low < 0.1
-    same = segmentation.auroc_with_interval(scores[[0] * 64], starts[[0] * 64], resamples)
-    assert same == pytest.approx([segmentation.auroc(scores[0], starts[0])] * 3)
+    assert low < value < high and low < expected < high and high - low < 0.15
+    assert segmentation.with_interval(area)[2] < low
+    alike = [0] * 64
+    same = segmentation.judge(reading[:, alike], starts[alike], inside[alike], resamples)
+    assert np.ptp(same, axis=1) == pytest.approx(0)
+
+
+def test_the_mask_of_identifiers_by_hand():
+    text = b"x_1 = f9(Zed)\xe9_"
+    sequences = np.frombuffer(text, dtype=np.uint8)[None].astype(int)
+    positions = np.arange(1, len(text))[None]
+    found = segmentation.within_identifiers(sequences, positions)[0]
+    assert [text[at:at + 1] for at in 1 + np.flatnonzero(found)] == [b"_", b"1", b"9", b"e", b"d"]
+
+
+def test_planted_curves_are_compared_at_equal_bits_per_byte():
+    # Three models, the best last, in two samples: AUROC = 1 - BPB / 10, and 0.05 more.
+    bpb = np.array([[3.0, 3.5], [2.0, 2.5], [2.4, 2.9]])
+    curve = np.stack([bpb, 1 - bpb / 10 + [0, 0.05]], axis=1)                     # (3, 2, 2)
+    assert segmentation.at_equal_bpb(curve, [2.2, 3.1]) == pytest.approx([0.78, 0.74])
+    assert segmentation.at_equal_bpb(curve, [2.4, 2.5]) == pytest.approx([0.76, 0.8])
+    assert np.isnan(segmentation.at_equal_bpb(curve, [1.9, 3.6])).all()
+    # A model that detects 0.1 less at 2.2 bits per byte is told so, and one beyond AR's is not.
+    rng = np.random.default_rng(0)
+    starts = rng.random((8, 40)) < 0.3
+    noise = rng.standard_normal((8, 40))
+    planted = [("ar", 1e12, 8, 0, 3.0, 1), ("ar", 1e13, 8, 0, 2.0, 3), ("left", 1e13, 8, 0, 2.0, 1),
+               ("ngram", 1, 0, 0, 3.5, 2)]
+    readings = [(*about, np.stack([noise + gain * starts, np.full(noise.shape, float(bits))]))
+                for *about, bits, gain in planted]
+    rows = segmentation.compare(readings, starts, np.ones(starts.shape, dtype=bool), 300)
+    rows = [dict(zip(segmentation.AREA_COLUMNS, row, strict=True)) for row in rows]
+    assert rows[2]["ahead"] == pytest.approx(rows[1]["auroc"] - rows[0]["auroc"])
+    assert 0 < rows[2]["ahead_low"] < rows[2]["ahead"] < rows[2]["ahead_high"]
+    assert math.isnan(rows[3]["ahead"]) and math.isnan(rows[0]["ahead"])
+    assert segmentation.ahead(rows[3], "ahead", 3.0) == "no AR run that bad"
+    assert segmentation.ahead(rows[3], "ahead", 4.0) == "no AR run that good"
 
 
 def test_token_starts_cut_the_text_into_its_tokens(source_text):
@@ -83,23 +135,95 @@ def test_both_readings_see_what_is_before_a_position_and_nothing_else():
     for n, p in itertools.product(range(2), range(20)):
         at = positions[n, p]
         before = torch.cat([torch.tensor([20]), ids[n, :at]])
-        assert by_ar[n, p].item() == entropy_of(ar(before[None])[0, -1])
+        assert by_ar[:, n, p].tolist() == measured(ar(before[None])[0, -1], ids[n, at])
         masked = torch.cat([ids[n, :at], torch.full((24 - at,), 20)])
-        assert by_mdm[n, p].item() == entropy_of(mdm(masked[None])[0, at])
+        assert by_mdm[:, n, p].tolist() == measured(mdm(masked[None])[0, at], ids[n, at])
     other = torch.from_numpy(rng.integers(20, size=(2, 24)))
     other[:, :10] = ids[:, :10]
     ten = torch.full((2, 1), 10)
     for read, model in ((segmentation.read_ar, ar), (segmentation.read_left, mdm)):
-        assert torch.equal(read(model, ids, ten), read(model, other, ten))
-        assert not torch.equal(read(model, ids, ten + 1), read(model, other, ten + 1))
+        # The entropies: the surprisal is that of the byte itself.
+        assert torch.equal(read(model, ids, ten)[0], read(model, other, ten)[0])
+        assert not torch.equal(read(model, ids, ten + 1)[0], read(model, other, ten + 1)[0])
 
 
-def test_bigram_entropy_by_hand():
-    text = np.frombuffer(b"ab ab  ac ab", dtype=np.uint8)
-    found = segmentation.read_bigram(text, text[None].astype(int), np.arange(1, 5)[None])[0]
-    # After a: b three times, c once. After b: only a blank. After a blank: a three times, a blank.
-    unsure = -0.75 * math.log2(0.75) - 0.25 * math.log2(0.25)
-    assert found == pytest.approx([unsure, 0, unsure, unsure])
+def witten_bell(text, context, byte):
+    """Return p(byte | context) by the formula, from a count of every place in text."""
+    if context is None:
+        return 1 / 256
+    n = len(context)
+    follow = [text[k + n] for k in range(len(text) - n) if text[k:k + n] == context]
+    kinds = max(1, len(set(follow)))
+    lower = witten_bell(text, context[1:] if n else None, byte)
+    return (follow.count(byte) + kinds * lower) / (len(follow) + kinds)
+
+
+def test_ngram_counts_by_hand():
+    strings, counts = counting.count(np.frombuffer(b"ab ab  ac ab", dtype=np.uint8), 2)
+    found = {int(s).to_bytes(2, "big"): n for s, n in zip(strings, counts, strict=True)}
+    assert found == {b"ab": 3, b"b ": 2, b" a": 3, b"  ": 1, b"ac": 1, b"c ": 1}
+
+
+def test_ngram_models_follow_their_formula_and_sum_to_one():
+    text = b"ab ab  ac ab abcabc"
+    sequences = np.frombuffer(b"xxab abcab" b"ac abxab c", dtype=np.uint8).reshape(2, 10)
+    positions = np.array([[4, 9], [3, 7]])
+    array = np.frombuffer(text, dtype=np.uint8)
+    found = list(counting.ngrams(array, sequences.astype(int), positions, 3))
+    assert len(found) == 3
+    for order, p in enumerate(found, 1):
+        assert p.shape == (2, 2, 256) and p.sum(axis=2) == pytest.approx(np.ones((2, 2)))
+        for n, k in itertools.product(range(2), range(2)):
+            at = positions[n, k]
+            context = sequences[n, at - order:at].tobytes()
+            for byte in b"abc x":
+                assert p[n, k, byte] == pytest.approx(witten_bell(text, context, byte))
+
+
+def test_the_likelihood_from_left_to_right_sums_to_one(monkeypatch):
+    """Over all texts of four tokens of three kinds; the bound is the mean over orders."""
+    monkeypatch.setattr(likelihood, "ORDER_MASKS", 2000)
+    mdm = trained_looking(False, vocab_size=3, context=4)
+    # Predictions that are less sure vary less from mask to mask.
+    mdm.head.weight.data *= 0.2
+    ids = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    everywhere = torch.arange(4).expand(ids.shape)
+    left = segmentation.read_left(mdm, ids, everywhere)[1].sum(dim=1)
+    assert (2.0 ** -left).sum().item() == pytest.approx(1, abs=1e-5)
+    some = ids[[5, 40]]
+    by_left, bound = likelihood.read_order(mdm, some)
+    assert torch.allclose(by_left, left[[5, 40]])
+    for n, sequence in enumerate(some):
+        orders = [bits_in_order(mdm, sequence, order)
+                  for order in itertools.permutations(range(4))]
+        assert by_left[n].item() == pytest.approx(orders[0], abs=1e-4)
+        assert bound[n].item() == pytest.approx(np.mean(orders), abs=0.05)
+
+
+@pytest.mark.parametrize("length", [2, 8, 32])
+def test_repeated_strings_are_those_that_a_search_finds(source_text, monkeypatch, length):
+    # Blocks smaller than the text, so that strings lie across their edges.
+    monkeypatch.setattr(likelihood, "BLOCK", 1000)
+    train, val = source_text[:20_000], source_text[20_000:24_000] + source_text[995:1040]
+    found = likelihood.repeated(*(np.frombuffer(text, np.uint8) for text in (val, train)), length)
+    assert found.tolist() == [val[k:k + length] in train for k in range(len(val) - length + 1)]
+    assert 0 < found.sum() < len(found)
+
+
+def test_sequences_without_a_match_by_hand():
+    # A string of 4 bytes at 3 matches: bytes 3 to 6.
+    matches = np.arange(17) == 3
+    begin, end = np.array([0, 0, 3, 4, 0, 3]), np.array([6, 7, 7, 20, 3, 5])
+    found = likelihood.without_match(begin, end, matches, 4)
+    assert found.tolist() == [True, False, False, True, True, True]
+
+
+def test_bits_per_byte_of_some_sequences_by_hand():
+    bits, nbytes = np.array([10.0, 30.0, 99.0]), np.array([5, 10, 1])
+    chosen = np.array([True, True, False])
+    resamples = np.array([[0, 0, 2], [0, 1, 1], [2, 2, 2]])
+    found = likelihood.bits_per_byte(bits, nbytes, chosen, resamples)
+    assert found == pytest.approx([40 / 15, 2, 70 / 25, math.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize("block", [1, 2, 16, 64])
@@ -215,7 +339,7 @@ def test_half_spans_are_lines_of_their_own(tmp_path):
 @pytest.mark.parametrize("study, figure, words", [
     ("shuffle", "shuffle", "| 512 | 2.81 [2.79, 2.82] | 4.53 [4.52, 4.55] |"),
     ("span", "span", "| 2 | 4.01 [3.99, 4.03] | 3.88 [3.86, 3.90] | 2.81 [2.79, 2.83] |"),
-    ("segmentation", "entropy", "| AR | 1e13 | 2.096 | 0.664 [0.644, 0.686] |")])
+    ("segmentation", "entropy", "| AR | 1e13 | 2.034 [1.944, 2.126] | 0.678 [0.658, 0.695] |")])
 def test_published_tables_are_shown_without_training(tmp_path, study, figure, words):
     for name in {study, figure}:
         shutil.copy(ROOT / "results" / f"{name}.csv", tmp_path)
@@ -223,6 +347,15 @@ def test_published_tables_are_shown_without_training(tmp_path, study, figure, wo
     assert shown.returncode == 0, shown.stderr
     assert words in shown.stdout
     assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("study, words", [
+    ("order", "| 1e14 | 2.777 | 2.823 | +0.045 +- 0.021 |"),
+    ("repetition", "| AR, 1e13 | no match of 64 | 1,408, 1,412 | 3.25 | 2.162 [2.143, 2.181] |")])
+def test_published_tables_of_the_checks_are_shown(tmp_path, study, words):
+    shutil.copy(ROOT / "results" / f"{study}.csv", tmp_path)
+    shown = here(tmp_path, "fragility.py", study, "--plot-only", "--out", tmp_path)
+    assert words in shown.stdout, shown.stderr
 
 
 def sweep_here(specs, path, args, folder):
@@ -235,8 +368,8 @@ def sweep_here(specs, path, args, folder):
     return []
 
 
-def test_shuffle_and_segmentation_end_to_end(workplace, monkeypatch):
-    """All configurations at two lengths, bytes with phase, too; segmentation reads these runs."""
+def test_studies_end_to_end(workplace, monkeypatch):
+    """All configurations at two lengths, bytes with phase, too; other studies read these runs."""
     monkeypatch.setattr(fragility, "BLOCKS", (1,))
     monkeypatch.setattr(fragility, "CONTROLS", {"shuffle": (4, 64)})
     monkeypatch.setattr(sweep, "sweep", sweep_here)
@@ -259,13 +392,28 @@ def test_shuffle_and_segmentation_end_to_end(workplace, monkeypatch):
     assert here(workplace, "fragility.py", *flags, "--dry-run").stdout == ""
 
     folders = sorted((workplace / "runs" / "shuffle").iterdir())
-    flags = ("segmentation", *TINY, "--out", "why")
-    done = here(workplace, "fragility.py", *flags, "--runs", *folders)
-    assert done.returncode == 0, done.stderr
-    assert all(f"| {title} |" in done.stdout for title in segmentation.READINGS.values())
-    assert (workplace / "why" / "entropy.png").read_bytes().startswith(b"\x89PNG")
-    shown = here(workplace, "fragility.py", *flags, "--plot-only")
-    assert shown.stdout and shown.stdout in done.stdout
+    flags = (*TINY, "--out", "why")
+    monkeypatch.setattr(likelihood, "LENGTHS", (32,))
+    for study, words in (("segmentation", segmentation.READINGS.values()), ("order", ["5e8"]),
+                         ("repetition", ["AR, 5e8", "MDM, 5e8"])):
+        done = here(workplace, "fragility.py", study, *flags, "--runs", *folders)
+        assert done.returncode == 0, done.stderr
+        assert all(f"| {word} |" in done.stdout for word in words)
+        shown = here(workplace, "fragility.py", study, *flags, "--plot-only")
+        assert shown.stdout and shown.stdout in done.stdout
+    for name in ("entropy.png", "segmentation.png"):
+        assert (workplace / "why" / name).read_bytes().startswith(b"\x89PNG")
+    # AR's bits on all sequences are those of its evaluation on as many.
+    row = segmentation.read_table(workplace / "why" / "repetition.csv",
+                                  likelihood.REPETITION_COLUMNS)[0]
+    monkeypatch.chdir(workplace)
+    for tokenizer in ("byte", "bpe"):
+        folder, = Path("runs/shuffle").glob(f"ar-{tokenizer}*-s0-text")
+        model, _, _ = run.load_model(folder)
+        corpus = data.load("text.txt", tokenizer, 300)
+        val = data.Sequences(corpus.val, model.config.context).spaced(2**20 // 64)
+        bpb, _ = train_ar.evaluate(model, val, corpus.tokenizer.bytes_per_id)
+        assert row[tokenizer] == pytest.approx(bpb, rel=1e-5)
     flags = ("segmentation", "--data", "text.txt", "--vocab", 60_000, "--runs", *folders)
     assert_one_line(here(workplace, "fragility.py", *flags), "too small", "60000")
 
@@ -329,6 +477,8 @@ def test_planted_remedies_are_recovered_with_their_share_of_the_gap():
     (("span", *TINY, "--controls", 1), "controls"), (("remedies", "--controls", 4), "--controls"),
     (("segmentation", *TINY, "--runs", "nowhere"), "no finished byte run"),
     (("segmentation", "--plot-only", "--out", "nowhere"), "segmentation.csv"),
+    (("order", *TINY, "--runs", "nowhere"), "no finished byte run"),
+    (("repetition", "--plot-only", "--out", "nowhere"), "repetition.csv"),
     (("remedies", "--plot-only", "--out", "nowhere"), "too few runs")])
 def test_bad_input_is_one_line(workplace, arguments, words):
     assert_one_line(here(workplace, "fragility.py", *arguments), words)

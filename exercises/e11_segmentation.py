@@ -11,7 +11,7 @@ says that a space starts a token.
 The test learns a BPE of 512 on exercises/speeches.txt. It counts the pairs of the same text. In
 this BPE the space between two words belongs to the second word.
 
-Read first: segmentation.token_starts and segmentation.read_bigram; the pattern WORD in bpe.py.
+Read first: segmentation.token_starts, counting.Bigram, and the pattern WORD in bpe.py.
 
 Afterwards: on Python code with a BPE of 4,096 a bigram is above 0.5. What is different there? Which
 number would show that a trained model knows more of words than the bigram?

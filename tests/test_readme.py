@@ -1,7 +1,8 @@
-"""What README.md and results/README.md say about the code: quotations, flags, file names."""
+"""What the documents say about the code: quotations, flags, names, files."""
 import ast
 import difflib
 import functools
+import importlib
 import inspect
 import re
 import subprocess
@@ -15,10 +16,14 @@ import train_mdm
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TEXTS = {"README.md": README, "results/README.md": (ROOT / "results/README.md").read_text()}
+TEXTS = {"README.md": README, "results/README.md": (ROOT / "results/README.md").read_text(),
+         "exercises/README.md": (ROOT / "exercises/README.md").read_text()}
+EXERCISES = {path.name: ast.get_docstring(ast.parse(path.read_text()))
+             for path in sorted((ROOT / "exercises").glob("e[0-9]*.py"))}
+MODULES = "|".join(path.stem for path in ROOT.glob("*.py"))
 FLAG = r"(?<!\S)--[a-z][\w-]*"
-# Files of a run folder, which the repository does not hold.
-MADE_BY_A_RUN = {"log.csv", "loss.png"}
+# Files that the repository does not hold.
+MADE_BY_A_RUN = {"log.csv", "loss.png", "grades.csv", "grades/STUDENT.txt"}
 
 
 def code_lines(source):
@@ -33,7 +38,7 @@ def code_lines(source):
 def flags_by_script():
     """Return {script: the flags that the documents' commands give to it}."""
     found = {}
-    for text in TEXTS.values():
+    for text in [*TEXTS.values(), *EXERCISES.values()]:
         for script, rest in re.findall(r"\b(\w+\.py)\b([^`|;&#\n]*)", text.replace("\\\n", " ")):
             found.setdefault(script, set()).update(re.findall(FLAG, rest))
     return {script: flags for script, flags in sorted(found.items()) if flags}
@@ -42,7 +47,8 @@ def flags_by_script():
 @functools.cache
 def known_flags(script):
     """Return the flags that `python SCRIPT --help` lists."""
-    command = [sys.executable, "tests/stress.py" if script == "stress.py" else script, "--help"]
+    folders = {"stress.py": "tests", "grade.py": "exercises"}
+    command = [sys.executable, Path(folders.get(script, "")) / script, "--help"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return set(re.findall(r"--[a-z][\w-]*", run.stdout))
@@ -66,8 +72,18 @@ def test_every_flag_in_a_command_is_known_to_its_script(script):
 
 def test_every_flag_in_the_prose_is_known_to_a_script():
     named = {flag for text in TEXTS.values() for flag in re.findall(r"`(--[a-z][\w-]*)", text)}
-    known = known_flags("train_mdm.py") | known_flags("scaling.py")
+    known = known_flags("train_mdm.py") | known_flags("scaling.py") | known_flags("grade.py")
     assert named <= known, f"no script has {sorted(named - known)}"
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_name_that_an_exercise_mentions_exists(name):
+    named = re.findall(rf"(?<![\w./])({MODULES})\.(?!py\b)([a-zA-Z_]\w*)", EXERCISES[name])
+    missing = [f"{module}.{attribute}" for module, attribute in named
+               if not hasattr(importlib.import_module(module), attribute)]
+    assert not missing, f"{name} names what does not exist: {missing}"
+    files = re.findall(r"(?<![\w/.])[\w/.]+\.(?:py|csv|md|txt)\b", EXERCISES[name])
+    assert [file for file in files if not (ROOT / file).exists()] == []
 
 
 @pytest.mark.parametrize("name", TEXTS)

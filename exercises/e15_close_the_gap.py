@@ -9,13 +9,15 @@ same budget on the same text, and name their folders below:
     python train_mdm.py --flops 1e12 --width 32          # BASELINE, a minute or two
     python train_mdm.py --flops 1e12 ...                 # BEST
 
-The baseline is 3.788 bits per byte. The floor is what --patch 8 alone gains over it: 0.841. Our best
-run gains 1.089 (seed 0; results/LOG.md). The rules for BEST: MDM on bytes, 512 bytes of context, at most 1e12 FLOPs by a
-flops_per_token that agrees with PyTorch's profiler, and at least 16 patches in a sequence, since
-one patch is read from left to right. The loss must be a bound. So no prediction may see a masked
-token, neither its own nor another that is predicted beside it. (Inside one patch, masked as a
-whole, the tokens before it may be seen: why?) The test trains a tiny model on text of known
-entropy, and no bound is below the entropy.
+The baseline is 3.788 bits per byte. The floor is what --patch 8 alone gains over it: 0.841. Our
+best run gains 1.089 (seed 0; results/LOG.md).
+
+The rules for BEST: MDM on bytes, 512 bytes of context, at most 1e12 FLOPs by a flops_per_token that
+agrees with PyTorch's profiler, and at least 16 patches in a sequence, since one patch is read from
+left to right. The loss must be a bound. So no prediction may see a masked token, neither its own
+nor another that is predicted beside it. (Inside one patch, masked as a whole, the tokens before it
+may be seen: why?) The test trains a tiny model on text of known entropy, and no bound is below the
+entropy.
 
 To try ideas in seconds, use --flops 2e10 and --data exercises/speeches.txt for both runs, and give
 that path as DATA. There the floor is 0.999. What helps there need not help at 1e12.

@@ -546,7 +546,7 @@ def paint_profiles(axes, laws_found):
         for key, rise in law.rises.items():
             color, name = ("black", key) if key == "one E" else (COLORS[key], CONFIGURATIONS[key])
             ax.plot(law.grid, rise, color=color, lw=3 if key == "one E" else 1.5, label=name)
-        ax.axhline(2.7, color="0.4", linestyle=":", label="90% interval")
+        ax.axhline(2.7, color="0.4", linestyle=":", label="2.7: 90%, if the law holds")
         ax.set(title=form, xlabel="E, bits per byte", ylim=(0, 30))
     axes[0, 0].set(ylabel="rise of -2 log likelihood")
 

@@ -10,8 +10,8 @@ A new model of this repository predicts all tokens with equal probability. Let i
 exercises/speeches.txt, once as bytes and once as tokens of a BPE. This BPE has 1,024 tokens and was
 learned from the same text. Predict the three numbers below, then write the two functions.
 
-Read first: `evaluate` in train_ar.py. Then the docstring of `Tokenizer` in bpe.py, and the lines on
-initialization in `Transformer.__init__` in model.py.
+Read first: `evaluate` in train_ar.py, which shows how `bpb` is done. Then the docstring of
+`Tokenizer` in bpe.py, and the lines on initialization in `Transformer.__init__` in model.py.
 
 To think about: the model on BPE has learned nothing. Who has?
 """
@@ -34,11 +34,10 @@ def bpb(nats, ids, bytes_per_id):
 def piece_bytes(pieces):
     """Return how many bytes of text each token of a vocabulary spells: a list of ints.
 
-    Other programs list the tokens of a vocabulary as str. Text is in UTF-8, and four rules hold:
+    SentencePiece, of Llama 2, lists its tokens as str. Text is in UTF-8, and four rules hold:
 
     - U+2581 ("\u2581") stands for a space, anywhere in a token.
-    - "<0x00>" to "<0xFF>", two hexadecimal digits, stands for that byte. A character that has no
-      token is spelled by such bytes.
+    - "<0x00>" to "<0xFF>", two hexadecimal digits in capitals, stands for that byte.
     - "<s>" and "</s>" mark the start and the end. They spell nothing.
     - Any other token spells its characters.
     """

@@ -11,24 +11,27 @@ the masked tokens in bits:
 Comparisons of models rest on this number. If it is not a bound, a model can look better than any
 model can be. If it is noisy, a better model can look worse.
 
-(a) train_mdm.corrupt draws no t. It draws k, the number of masked tokens, evenly from 1 .. T, and
-    then k of the T positions. Which weight makes this the same expectation? Write `bound`. Take
-    the integral over t of (probability of S) / t for a set S of k positions.
+(a) train_mdm.corrupt draws no t. It draws k, the number of masked tokens, uniformly from 1 .. T,
+    and then k of the T positions. By what must nll(S) be multiplied, so that the mean over k and
+    S is the bound above? Write `bound`. Take the integral over t of (probability of S) / t for a
+    set S of k positions.
 (b) The nll above predicts each masked token by itself. Would it not be better to predict all of
     them jointly, as -log2 p(x_S | the visible tokens)? Write `masked_nll` for a model that knows
-    the distribution p of the text exactly. Then the only loss is the one that the objective adds.
+    the distribution p of the text exactly. Then what exceeds the entropy comes from the objective.
 (c) An untrained model gives every token the same cost. So its bound is known: T times this cost.
     How well does one sequence estimate it, with a weight of 1/t? Write `estimates`.
 
-Read first: train_mdm.corrupt, and its docstring.
+Read first: train_mdm.corrupt, and its docstring. Its time u is our t: the linear schedule has
+m(u) = u. (The docstring of the file gives the answer to (a).)
 
 Afterwards: a code needs sum over x of 2^(-length of x) <= 1. Put in the joint losses of the two
-equal bits. Then read what train_mdm.evaluate says of patches.
+equal bits; 01 and 10 cost infinitely much, so they add 0. Then read what train_mdm.evaluate says
+of patches.
 """
 
 PREDICT = {
     # Two fair bits that are always equal have an entropy of 1 bit.
-    "(b) two equal fair bits, predicted jointly: the loss in bits": None,
+    "(b) two equal fair bits, predicted jointly: the bound with this nll, in bits": None,
     # In percent of the bound. t is uniform from 0.001 to 1.
     "(c) T = 512, weight 1/t: standard deviation, in percent": None,
     "(c) T = 512, weights of corrupt: standard deviation, in percent": None,
@@ -55,10 +58,10 @@ def masked_nll(p, x, S, jointly):
 
 
 def estimates(T, n, smallest, generator):
-    """Return n estimates of the bound of an untrained model, as shares of it: a tensor (n,).
+    """Return n estimates of the bound of an untrained model, divided by it: a tensor (n,).
 
-    Each is of one sequence of T tokens: draw t, uniform from smallest to 1; mask each token with
-    probability t; weigh each masked token by 1/t. The mean of the estimates is 1.
+    Each is of one sequence of T tokens: draw one t, uniform from smallest to 1; mask each token
+    with probability t; weigh each masked token by 1/t. The mean of the estimates is 1.
     generator: a torch.Generator, for all that is random.
     """
     raise NotImplementedError

@@ -11,18 +11,21 @@ fair, and each next one differs from the one before with probability 0.1. All 64
 listed, so every conditional probability is known. Whatever the loss is above the entropy, 3.345
 bits, is what the objective itself costs.
 
-The bound with spans: k of the R = T / s spans are masked, k is even over 1 .. R, and all sets of k
-spans are alike. The loss of the masked tokens is weighed by R / k. It can be read in two ways:
+The bound with spans: k of the R = T / s spans are masked, k is uniform over 1 .. R, and all sets of
+k spans are equally likely. The loss of the masked tokens is weighed by R / k. A masked token can be
+predicted in two ways:
 
     --span     each masked token by itself, given the visible tokens
     --patch    in each masked span from left to right: also given the tokens before it in its span
 
-Read first: corrupt and evaluate in train_mdm.py, and model.Speller.
+Do E4 first. Read corrupt and evaluate in train_mdm.py.
 
-A hint: the mean of -log2 p(x_i | x_A) over all sequences is a difference of two entropies.
+A hint: the mean of -log2 p(x_i | x_A) over the sequences, weighted by p, is a difference of two
+entropies.
 
-Afterwards: the loss of one span of two exceeds its entropy by a quantity with a name. Which? What
-would it be on real text for spans of 2 and 16 bytes?
+Afterwards: why is the first number what it is? (Reveal the tokens one at a time, in random order.)
+The loss of one span of two exceeds its entropy by a quantity with a name. Which? What would it be
+on real text for spans of 2 and 16 bytes?
 """
 
 PREDICT = {
@@ -42,7 +45,7 @@ def entropy(p, positions):
 
 
 def expected_bound(p, span, left_to_right):
-    """Return the bound of a perfect model in bits per sequence, a float: the mean over sequences.
+    """Return the bound of a perfect model in bits per sequence, a float: the mean, weighted by p.
 
     p: as above. span: tokens in a span; it divides T, and spans start at 0, span, 2 span ..
     left_to_right: whether a masked token is predicted given those before it in its own span, too.

@@ -39,6 +39,7 @@ def check(condition, message):
 
 def check_number(found, truth, mistakes, what):
     """Fail unless found is the truth. mistakes: {the value that a mistake gives: its message}."""
+    check(found is not None, f"{what}: your function returned None. Is a `return` missing?")
     found = float(found)
     if found != pytest.approx(truth, rel=1e-5):
         for value, message in mistakes.items():
@@ -59,9 +60,11 @@ def compare(where, found, truth, mistakes=(), relative=1e-6):
     """
     if near(found, truth, relative):
         return
+    check(found is not None, f"{where}: your function returned None. Is a `return` missing?")
     for wrong, message in mistakes:
         check(not near(found, wrong, relative), f"{where}: {message}")
-    numbers = (np.array2string(np.asarray(x, dtype=float), precision=5) for x in (found, truth))
+    numbers = (np.array2string(np.round(np.asarray(x, dtype=float), 5) + 0.0)
+               for x in (found, truth))
     check(False, "{}: your value is {} and not {}".format(where, *numbers))
 
 
@@ -118,6 +121,7 @@ def check_piece_bytes(answer):
         ("<s>", 0, {3: "you counted the characters of <s>: a mark spells no text"}),
         ("</s>", 0, {}),
         ("<0>", 3, {}),
+        ("<0x", 3, {1: "you looked at the beginning only: <0x is a text of three characters"}),
     ]
     for piece, truth, mistakes in cases:
         found = list(answer.piece_bytes([piece]))
@@ -384,7 +388,7 @@ def test_e04(answer, reveal):
         truth = sum((dt / t * t**len(S) * (1 - t)**(T - len(S))).sum() * nll[S] for S in nll)
         alike = sum(T / len(S) * nll[S] for S in nll)
         unweighted = [np.mean([nll[S] for S in nll if len(S) == k]) for k in range(1, T + 1)]
-        all_alike = ("all sets S count alike. But k is even over 1 .. T, so all the sets of k "
+        all_alike = ("all sets S count alike. But k is uniform over 1 .. T, so all the sets of k "
                      "positions share a chance of 1 / T")
         compare(f"bound, with random costs nll of {T} tokens", answer.bound(nll.__getitem__, T),
                 truth, [
@@ -422,6 +426,9 @@ def test_e04(answer, reveal):
         check(std > 1e-6, f"{where}: there is no noise at all. So is the weight by count, T / k. "
               "Here it is 1/t")
         check(abs(mean - 1) < 0.05, f"{where}: the mean is {mean:.3f} and not 1")
+        again = answer.estimates(T, n, smallest, torch.Generator().manual_seed(5)).double().std()
+        check(abs(again / std - 1) < 0.05, f"{where}: the spread changes with the seed of the "
+              "generator. You drew one t for all n estimates: draw one for each")
         check(std > 0.7 * spread,
               f"{where}: the spread is {std:.4f} and not {spread:.4f}. Is the masked share just t? "
               "Each token is masked by itself, so their number is random")
@@ -429,14 +436,20 @@ def test_e04(answer, reveal):
               f"{where}: one is {found.max():.1f}, above 1 / {smallest}. So t gets too small")
         check(std < 1.15 * spread, f"{where}: the spread is {std:.4f} and not {spread:.4f}")
         check(abs(mean - 1) < 5 * spread / math.sqrt(n), f"{where}: the mean is {mean:.4f}, which "
-              "is too far from 1 to be chance")
+              "is too far from 1 to be chance. Check how t is drawn, and that the weight is 1/t")
+        # The chance that no token is masked: the mean of (1 - t)^T.
+        zero = (1 - smallest) ** T / (T + 1)
+        check((found == 0).double().mean() > 0.7 * zero,
+              f"{where}: too few of the estimates are 0. You drew a t for each token: draw one for "
+              "each sequence")
 
     # Two fair bits that are always equal.
     p = np.diag([0.5, 0.5])
     joint = answer.bound(lambda S: answer.masked_nll(p, (0, 0), S, True), 2)
     ids = torch.zeros(2000, 512, dtype=torch.long)
     by_count = train_mdm.corrupt(ids, 256, torch.Generator().manual_seed(4))[1].sum(dim=1) / 512
-    reveal({"(b) two equal fair bits, predicted jointly: the loss in bits": float(joint),
+    reveal({"(b) two equal fair bits, predicted jointly: the bound with this nll, in bits":
+                float(joint),
             "(c) T = 512, weight 1/t: standard deviation, in percent": 100 * spread,
             "(c) T = 512, weights of corrupt: standard deviation, in percent":
                 round(100 * by_count.double().std().item(), 4)})
@@ -818,7 +831,7 @@ def test_e10(answer, reveal):
         p = rng.dirichlet(np.ones(V**T)).reshape((V,) * T)
         for positions in (set(), *map(set, subsets(T))):
             truth = entropy_at(p, positions)
-            compare(f"entropy, T = {T}, V = {V}, positions {positions or '{}'}",
+            compare(f"entropy, T = {T}, V = {V}, positions {positions or 'none'}",
                     answer.entropy(p, positions), truth, [
                 (truth * math.log(2), "this is in nats. Bits need the logarithm to the base 2"),
                 (sum(entropy_at(p, {i}) for i in positions),
@@ -845,7 +858,8 @@ def test_e10(answer, reveal):
                 (bound["in all spans"], "masked spans read each other. This loss is below the "
                  f"entropy of the sequence, {bound['in its span']:.3f} bits: no code can do that"),
                 (bound["span only"], "a masked token reads those before it in its span, in place "
-                                     "of the visible ones. Both are given"),
+                                     "of the visible ones. Both are given" if left_to_right else
+                                     "the visible tokens are not read"),
                 (bound["nothing"], "the visible tokens are not read")])
 
     p = markov_chain(6)

@@ -5,7 +5,7 @@ import math
 import torch
 
 PREDICT = {
-    "(b) two equal fair bits, predicted jointly: the loss in bits": 1.0,
+    "(b) two equal fair bits, predicted jointly: the bound with this nll, in bits": 1.0,
     "(c) T = 512, weight 1/t: standard deviation, in percent": 4.0,
     "(c) T = 512, weights of corrupt: standard deviation, in percent": 1.0,
 }

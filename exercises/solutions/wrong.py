@@ -100,6 +100,18 @@ WRONG = {
          "k = (torch.rand(n, T, generator=generator) < t).sum(dim=1)",
          "k = (t[:, 0] * T).round()",
          "Is the masked share just t?"),
+        ("one t for all estimates",
+         "torch.rand(n, 1, generator=generator)",
+         "torch.rand(1, 1, generator=generator).expand(n, 1)",
+         "You drew one t for all n estimates"),
+        ("a t for each token",
+         "torch.rand(n, 1, generator=generator)\n"
+         "    k = (torch.rand(n, T, generator=generator) < t).sum(dim=1)\n"
+         "    return k / t[:, 0] / T",
+         "torch.rand(n, T, generator=generator)\n"
+         "    k = torch.rand(n, T, generator=generator) < t\n"
+         "    return (k / t).mean(dim=1)",
+         "You drew a t for each token"),
     ],
     "e05": [
         ("the rate in place of its inverse",

@@ -65,14 +65,18 @@ def remedy_of(row):
 def analyse(rows):
     """Return {(configuration, remedy, budget): the lowest loss, first as measured, then samples}.
 
-    Only budgets at which remedies were trained count.
+    Only budgets at which remedies were trained count, and remedies of three widths or more.
     """
+    named = [(row, remedy_of(row)) for row in sorted(rows, key=sweep.settings_of)]
+    budgets = {row["flops_budget"] for row, name in named if name not in (None, PLAIN)}
+    named = [(row, name) for row, name in named if name and row["flops_budget"] in budgets]
     found = {}
     for seed, configuration in enumerate(CONFIGURATIONS):
-        own = [(row, remedy_of(row)) for row in sorted(rows, key=sweep.settings_of)
+        own = [(row, name) for row, name in named
                if (row["objective"], row["tokenizer"]) == configuration]
-        budgets = {row["flops_budget"] for row, name in own if name not in (None, PLAIN)}
-        own = [(row, name) for row, name in own if name and row["flops_budget"] in budgets]
+        widths = {name: {row["params_non_embedding"] for row, other in own if other == name}
+                  for _, name in own}
+        own = [(row, name) for row, name in own if len(widths[name]) >= 3]
         if not own:
             continue
         names = list(dict.fromkeys(name for _, name in own))

@@ -35,7 +35,7 @@ REMEDIES = {
                       "patch 8, convolution, bell": {"patch": 8, "conv": 7, "schedule": "bell"}},
 }
 PLAIN = "plain"
-# objective -> what (bytes, BPE) have in three comparisons: plain, a convolution, the most.
+# objective -> what (bytes, BPE) have in three comparisons: plain, a convolution, all remedies.
 PAIRS = {"ar": ((PLAIN, PLAIN), ("convolution",) * 2, ("patch 4, convolution", "convolution")),
          "mdm": ((PLAIN, PLAIN), ("convolution",) * 2,
                  ("patch 8, convolution, bell", "convolution, bell"))}
@@ -65,18 +65,20 @@ def remedy_of(row):
 def analyse(rows):
     """Return {(configuration, remedy, budget): the lowest loss, first as measured, then samples}.
 
-    Only budgets at which remedies were trained count, and remedies of three widths or more.
+    A remedy counts at budgets at which it has three widths or more, and plain runs at the same.
     """
-    named = [(row, remedy_of(row)) for row in sorted(rows, key=sweep.settings_of)]
-    budgets = {row["flops_budget"] for row, name in named if name not in (None, PLAIN)}
-    named = [(row, name) for row, name in named if name and row["flops_budget"] in budgets]
+    named, widths = [], {}
+    for row in sorted(rows, key=sweep.settings_of):
+        key = (row["objective"], row["tokenizer"]), remedy_of(row), row["flops_budget"]
+        if key[1] is not None:
+            named.append((row, key))
+            widths.setdefault(key, set()).add(row["width"])
+    named = [(row, key) for row, key in named if len(widths[key]) >= 3]
+    budgets = {key[2] for _, key in named if key[1] != PLAIN}
     found = {}
     for seed, configuration in enumerate(CONFIGURATIONS):
-        own = [(row, name) for row, name in named
-               if (row["objective"], row["tokenizer"]) == configuration]
-        widths = {name: {row["params_non_embedding"] for row, other in own if other == name}
-                  for _, name in own}
-        own = [(row, name) for row, name in own if len(widths[name]) >= 3]
+        own = [(row, key[1]) for row, key in named
+               if key[0] == configuration and key[2] in budgets]
         if not own:
             continue
         names = list(dict.fromkeys(name for _, name in own))
@@ -123,7 +125,7 @@ def report(found):
                 lines.append([objective.upper(), exact(budget),
                               *("" if gap is None else interval(gap) for gap in gaps)])
     scaling.print_table("Bits that bytes lose to BPE [90%]", [
-        "objective", "FLOPs", "plain", "both with a convolution", "both with the most"], lines)
+        "objective", "FLOPs", "plain", "both with a convolution", "both with all"], lines)
 
 
 def paint_patches(ax, found, budget):
@@ -165,7 +167,7 @@ def paint_gaps(ax, found):
     """Draw what bytes lose to BPE against the budget, plain and with remedies on both sides."""
     budgets = sorted({key[2] for key in found})
     for objective, pairs in PAIRS.items():
-        for style, label, names in (("o-", "plain", pairs[0]), ("s--", "with the most", pairs[2])):
+        for style, label, names in (("o-", "plain", pairs[0]), ("s--", "with all", pairs[2])):
             gaps = {budget: lost(found, objective, names, budget) for budget in budgets}
             gaps = {budget: bits for budget, bits in gaps.items() if bits is not None}
             if gaps:

@@ -125,13 +125,18 @@ def gaps_without_law(found):
     return gaps
 
 
+def reached(gap):
+    """Return at which budgets 95% of the samples have a G: (K,). Elsewhere it is only bounded."""
+    return np.isfinite(gap.G).mean(axis=0) > 0.95
+
+
 def trend_of(gap, lowest):
     """Return the trend of log10 G a decade from a budget on (S,), or None below two budgets.
 
-    Only budgets whose G is finite in 95% of the samples count: elsewhere the bound, top / C, cuts
-    off one side of its noise. The few samples that are left with an infinite G take the bound.
+    Only budgets that are reached count: elsewhere the bound, top / C, cuts off one side of the
+    noise. The few samples that are left with an infinite G take the bound.
     """
-    solid = (np.isfinite(gap.G).mean(axis=0) > 0.95) & (gap.budgets >= lowest)
+    solid = reached(gap) & (gap.budgets >= lowest)
     if solid.sum() < 2:
         return None
     C = gap.budgets[solid]
@@ -503,14 +508,14 @@ def paint_gap(axes, gaps):
         style = dict(color=COLORS[objective, "byte"], capsize=3, label=f"{objective.upper()}")
         x = gap.budgets * shift
         bits.errorbar(x, gap.bits[0], error_bars(gap.bits), fmt="o-", **style)
-        bound = gap.top / gap.budgets
-        solid = np.isfinite(gap.G[0])
+        G = np.minimum(gap.G, gap.top / gap.budgets)                                    # (S, K)
+        solid = reached(gap)
         if solid.any():
-            G = np.minimum(gap.G, bound)[:, solid]
-            compute.errorbar(x[solid], G[0], error_bars(G), fmt="o-", **style)
-        hidden = ~solid & (bound > 1.5)
+            compute.errorbar(x[solid], G[0, solid], error_bars(G[:, solid]), fmt="o-", **style)
+        least = np.quantile(G[1:], 0.05, axis=0)
+        hidden = ~solid & (least > 1.5)
         if hidden.any():
-            compute.plot(x[hidden], bound[hidden], "^", color=style["color"], mfc="none",
+            compute.plot(x[hidden], least[hidden], "^", color=style["color"], mfc="none",
                          label=f"{objective.upper()}: at least")
     bits.set(xlabel="training FLOPs", ylabel="bits per byte that bytes lose", ylim=(0, None))
     if compute.has_data():

@@ -339,10 +339,12 @@ def test_half_spans_are_lines_of_their_own(tmp_path):
 @pytest.mark.parametrize("study, figure, words", [
     ("shuffle", "shuffle", "| 512 | 2.81 [2.79, 2.82] | 4.53 [4.52, 4.55] |"),
     ("span", "span", "| 2 | 4.01 [3.99, 4.03] | 3.88 [3.86, 3.90] | 2.81 [2.79, 2.83] |"),
+    ("remedies", "remedies", "| MDM, bytes | patch 8 | 3e12 | 2.735 | +0.65 [+0.60, +0.71]"),
     ("segmentation", "entropy", "| AR | 1e13 | 2.034 [1.944, 2.126] | 0.678 [0.658, 0.695] |")])
 def test_published_tables_are_shown_without_training(tmp_path, study, figure, words):
     for name in {study, figure}:
         shutil.copy(ROOT / "results" / f"{name}.csv", tmp_path)
+    shutil.copy(ROOT / "results/runs.csv", tmp_path)
     shown = here(tmp_path, "fragility.py", study, "--plot-only", "--out", tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert words in shown.stdout
@@ -445,7 +447,7 @@ def planted_remedies(noise):
     for (tokenizer, name), (bpb, best) in lowest.items():
         for N in best * np.array([0.3, 0.6, 1.5, 2.5]):
             loss = bpb + 0.05 * np.log(N / best) ** 2 + noise * rng.standard_normal()
-            row = dict.fromkeys(sweep.SETTINGS, 0) | run.PLAIN
+            row = dict.fromkeys(sweep.SETTINGS, 0) | run.PLAIN | {"width": int(N)}
             row |= {"objective": "mdm", "tokenizer": tokenizer, "flops_budget": 3e12,
                     "seed": int(N), "val_bpb": loss, "params_non_embedding": N, "lr": 0.0015,
                     "context_tokens": 512, "batch_tokens": 512}

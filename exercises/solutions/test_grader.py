@@ -135,9 +135,12 @@ def test_what_a_student_sees_is_short(folder):
     assert "test_exercises" not in done.stdout.split("short test summary")[0]
     assert done.stdout.count("\n") < 15
 
-    nothing = text.replace("return bits / nbytes", "return")
-    done = execute(*command, student(folder, "nothing", nothing))
-    assert "cannot use what your function returned" in done.stdout, done.stdout
+    for name, line, words in [("nothing", "return", "Is a `return` missing?"),
+                              ("pair", "return [bits, nbytes]",
+                               "cannot use what your function returned")]:
+        answer = text.replace("return bits / nbytes", line)
+        done = execute(*command, student(folder, name, answer))
+        assert words in done.stdout, done.stdout
 
     done = execute(*command, folder)
     assert "e01: 0 files e01_*.py" in done.stdout, done.stdout

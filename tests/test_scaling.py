@@ -76,6 +76,21 @@ def test_the_report_holds_every_table_of_the_published_runs(published):
         assert (ROOT / "results" / f"{name}.png").exists()
 
 
+def test_the_result_in_the_first_document_is_that_of_the_tables(published):
+    """Bits lost at 1e13, G at 3e12, and the trend without 1e12, with their intervals."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    number = r"([-+]?[\d.]+) \[([-+]?[\d.]+), ([-+]?[\d.]+)\]"
+
+    def found(row, digits, sign=""):
+        values = map(float, re.search(row + number, published[0].stdout).groups())
+        return "{} [{}, {}]".format(*(f"{value:{sign}.{digits}f}" for value in values))
+
+    assert f"cost AR {found(r'[|] AR [|] 1e13 [|] ', 2)} bits per byte" in text
+    assert f"cost MDM {found(r'[|] MDM [|] 1e13 [|] ', 2)}" in text
+    assert f"needs {found(r'[|] AR [|] 3e12 [|] 0[^|]+[|] ', 0)} times the compute" in text
+    assert f"is {found(r'[|] AR [|] 3e12 [|] (?=[-+])', 2, '+')}." in text
+
+
 def test_every_published_run_has_its_log_or_is_older():
     logs = {path.stem for path in (PUBLISHED.parent / "logs").iterdir()}
     labels = [sweep.label(row) for name in ("runs.csv", "remedies.csv")

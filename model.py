@@ -15,12 +15,18 @@ and a Speller writes the tokens of each patch from left to right (MegaByte, arXi
 """
 import argparse
 import math
+import os
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+
+# Controls of the remedies, see results/LOG.md. "independent" spells the tokens of a patch without
+# those before them; "single" also masks single tokens; "long" has a trunk of T positions.
+CONTROL = os.environ.get("CONTROL", "")
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,9 @@ def flops_per_token(config):
     for each token.
     """
     width, patch = config.width, config.patch
-    layer = 2 * 16 * width**2 + 4 * width * (config.context // patch) + 4 * config.conv * width
-    forward = config.depth * layer // patch + 2 * config.padded_vocab * width
+    trunk = 1 if CONTROL == "long" else patch
+    layer = 2 * 16 * width**2 + 4 * width * (config.context // trunk) + 4 * config.conv * width
+    forward = config.depth * layer // trunk + 2 * config.padded_vocab * width
     if patch > 1:
         forward += 2 * 4 * width**2
     return 3 * forward
@@ -193,7 +200,8 @@ class Speller(nn.Module):
         super().__init__()
         self.patch = config.patch
         self.vocab_size = config.vocab_size
-        self.spread = nn.Linear(config.width, config.patch * config.width, bias=False)
+        places = 1 if CONTROL == "long" else config.patch
+        self.spread = nn.Linear(config.width, places * config.width, bias=False)
         self.lag_embedding = nn.Embedding((config.patch - 1) * config.vocab_size, config.width)
         self.norm = nn.RMSNorm(config.width)
         self.mlp = MLP(config.width, config.width)
@@ -202,7 +210,7 @@ class Speller(nn.Module):
         """Turn patches x (B, R, D) into their tokens (B, R P, D), given the targets (B, R P)."""
         x = self.spread(x).view(-1, self.patch, x.size(2))                # (B R, P, D)
         tokens = targets.reshape(-1, self.patch)                          # (B R, P)
-        for lag in range(1, self.patch):
+        for lag in range(1, 1 if CONTROL in ("independent", "single") else self.patch):
             rows = (lag - 1) * self.vocab_size + tokens[:, :-lag]
             # Nothing comes from another patch.
             x = x + F.pad(self.lag_embedding(rows), (0, 0, lag, 0))
@@ -220,7 +228,8 @@ class Transformer(nn.Module):
         self.config = config
         # Emulated, as before Ampere (T4, V100), it would be slower than float32.
         self.bf16 = has_bf16()
-        self.embedding = nn.Embedding(config.vocab_size + 1, config.width // config.patch)
+        self.trunk_patch = 1 if CONTROL == "long" else config.patch
+        self.embedding = nn.Embedding(config.vocab_size + 1, config.width // self.trunk_patch)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.padded_vocab, bias=False)
@@ -252,7 +261,7 @@ class Transformer(nn.Module):
     def read(self, ids, cache=None):
         """Return what the trunk knows of ids (B, T) at each patch: (B, T / P, D)."""
         start = 0 if cache is None else cache.length
-        end = start + ids.size(1) // self.config.patch
+        end = start + ids.size(1) // self.trunk_patch
         cos, sin = self.cos[start:end], self.sin[start:end]
         # Not with a cache: cuDNN would plan its attention anew for each length.
         bf16 = ids.is_cuda and self.bf16 and cache is None

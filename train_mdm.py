@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 import run
-from model import Transformer, flops_per_token, make_optimizer
+from model import CONTROL, Transformer, flops_per_token, make_optimizer
 
 OBJECTIVE = "mdm"
 # Tuned at 1e12 FLOPs and width 32 (results/README.md). One learning rate serves all widths.
@@ -92,7 +92,7 @@ def evaluate(model, sequences, bytes_per_id, span=1, seed=0):
     schedules. k is spread evenly over the sequences, in random order. A patch is masked whole or
     not at all: with single tokens of it masked there would be no bound.
     """
-    span = max(span, model.config.patch)
+    span = 1 if CONTROL == "single" else max(span, model.config.patch)
     device = next(model.parameters()).device
     # The same masks for all models, so that they can be compared.
     generator = torch.Generator().manual_seed(seed)
@@ -131,7 +131,8 @@ def main():
     args = parser.parse_args()
     if args.span > 1 and args.patch > 1:
         raise data.InputError("--span and --patch do not go together: a patch is masked whole")
-    options = {"schedule": args.schedule, "span": max(args.span, args.patch)}
+    span = 1 if CONTROL == "single" else max(args.span, args.patch)
+    options = {"schedule": args.schedule, "span": span}
     rank, world_size, device = run.setup(args, LEARNING_RATE)
 
     # The data: sequences of the same number of bytes for both tokenizers.

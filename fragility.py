@@ -6,6 +6,7 @@
     python fragility.py remedies                # convolutions, patches, and a bell of mask rates
     python fragility.py order                   # MDM on bytes read from left to right
     python fragility.py repetition              # text that is not like the training text
+    python fragility.py steps --runs RUNS       # text that MDM writes in few steps
     python fragility.py shuffle --plot-only     # from results/shuffle.csv alone
     python fragility.py span --controls 2 4     # only half spans, and what they are compared with
 
@@ -45,7 +46,7 @@ CONTROLS = {"shuffle": (2, 4, 8, 32), "span": (2, 4, 8)}
 PERMUTATIONS = (0, 2)
 # Studies that read finished runs.
 READ = {"segmentation": segmentation.study, "order": likelihood.study_order,
-        "repetition": likelihood.study_repetition}
+        "repetition": likelihood.study_repetition, "steps": likelihood.study_steps}
 BUDGET = {"cpu": 1e12, "mps": 3e13, "cuda": 1e17}
 INTERVAL = 1.645                      # half of a 90% interval, in standard errors
 SAMPLES = 10_000                      # of the errors

@@ -1,7 +1,8 @@
-"""Two checks of the likelihoods: the order in which MDM reads, and repeated text.
+"""Three checks with trained models: the order in which MDM reads, repeated text, and few steps.
 
     python fragility.py order                   # reads the runs in runs/gap
     python fragility.py repetition
+    python fragility.py steps --runs JUDGE MDM...
 
 order: the likelihood that MDM gives to a sequence from left to right is exact: a sum over T reads,
 in each of which a byte and all behind it are masked. Its bound is the mean over all orders. If left
@@ -9,8 +10,13 @@ to right were much better, the order of reading would explain why AR has fewer b
 
 repetition: the bits per byte of validation sequences without a long match in the training text,
 beside all. BPE reads more text than bytes at equal FLOPs, so it may profit more from repetition.
+
+steps: MDM writes sequences in fewer steps than there are tokens. What is written in one step is
+drawn independently, but for the bytes of a patch. The best AR run judges the text by its bits per
+byte. It also writes itself. Bits far below those of real text mean repetition: so does low entropy.
 """
 import math
+import time
 
 import numpy as np
 import torch
@@ -20,6 +26,7 @@ import run
 import sample
 import scaling
 import segmentation
+import sweep
 from run import InputError
 from sweep import exact
 from train_ar import VAL_BYTES
@@ -30,6 +37,8 @@ LENGTHS = (32, 64)                    # bytes of a match, powers of two
 MASKS = 2                             # for the bound of each sequence, to judge repetition
 BLOCK = 2**24                         # bytes of training text whose hashes are in memory
 RESAMPLES = 1000                      # of the bootstrap over sequences
+WRITTEN = 8                           # sequences that are written at once
+ROUNDS = 8                            # of writing, each by all models in all numbers of steps
 ORDER_COLUMNS = {"flops_budget": float, "width": int, "sequences": int, "left": float,
                  "bound": float, "bound_less_left": float, "stderr": float}
 # length: of the match that the sequences do not have, 0 for all of them. bytes_per_token: of BPE.
@@ -39,6 +48,10 @@ REPETITION_COLUMNS = {
     "objective": str, "flops_budget": float, "byte_width": int, "bpe_width": int, "length": int,
     "byte_sequences": int, "bpe_sequences": int, "bytes_per_token": float} | {
     name + end: float for name in MEASURES for end in ("", "_low", "_high")}
+# entropy: of the single bytes that were written. judge: the bits per byte of validation text.
+STEPS_COLUMNS = {"objective": str, "flops_budget": float, "width": int, "flags": str, "steps": int,
+                 "sequences": int, "bpb": float, "stderr": float, "entropy": float,
+                 "bytes_per_second": float, "judge_flops": float, "judge": float}
 
 
 # -----------------------------------------------------------------------------------------------
@@ -233,3 +246,115 @@ def show_repetition(rows):
                         "the training text [90% of bootstrap samples of the sequences]",
                         ["FLOPs", "sequences", "their number: bytes, BPE", "bytes a token",
                          "bytes", "BPE", "bytes less BPE", "its change from all"], lines)
+
+
+# -----------------------------------------------------------------------------------------------
+# Few steps.
+
+def write(model, steps, generator):
+    """Return sequences (WRITTEN, T): MDM writes them in so many steps, AR from left to right."""
+    T, device = model.config.context, generator.device
+    if model.config.causal:
+        nothing = torch.zeros(WRITTEN, 0, dtype=torch.long, device=device)
+        return torch.stack(list(sample.generate(model, nothing, T, generator=generator)), dim=1)
+    masked = torch.ones(T, dtype=torch.bool, device=device)
+    ids = torch.zeros(WRITTEN, T, dtype=torch.long, device=device)
+    *_, ids = sample.fill(model, ids, masked, steps, generator=generator)
+    return ids
+
+
+def numbers_of_steps(model):
+    """Return the numbers of steps in which a model writes: powers of 2, up to one a patch."""
+    patches = model.config.context // model.config.patch
+    if model.config.causal:
+        return [patches]
+    return [*(2**i for i in range(patches.bit_length()) if 2**i < patches), patches]
+
+
+def entropy(ids):
+    """Return the entropy in bits of the single bytes of texts ids, of any shape."""
+    p = torch.bincount(ids.flatten().cpu()).double() / ids.numel()
+    return -(p * p.log2()).nansum().item()
+
+
+def steps_rows(writers, judge, device):
+    """Return the rows of steps.csv, without its columns of the judge.
+
+    writers: (result, model) of each run. judge: the model that gives the bits of what they write.
+    """
+    tasks = [(result, model, steps) for result, model in writers
+             for steps in numbers_of_steps(model)]
+    texts, seconds = [[] for _ in tasks], [[] for _ in tasks]
+    # All take turns, so that a busy machine slows all alike.
+    for i in range(ROUNDS):
+        for k, (_, model, steps) in enumerate(tasks):
+            generator = torch.Generator(device).manual_seed(i)
+            start = time.perf_counter()
+            texts[k].append(write(model, steps, generator))
+            seconds[k].append(time.perf_counter() - start)
+    rows = []
+    for (result, _, steps), own, times in zip(tasks, texts, seconds, strict=True):
+        ids = torch.cat(own)                                                        # (N, T)
+        N, T = ids.shape
+        bits = sample.token_bits(judge, ids.flatten()).view(N, T).mean(dim=1).cpu()
+        # AR has no schedule: None.
+        flags = ", ".join(f"{key} {value}" for key, value in sweep.unusual(result).items()
+                          if value is not None)
+        rows.append([result["objective"], result["flops_budget"], result["width"], flags, steps, N,
+                     bits.mean().item(), bits.std().item() / N**0.5, entropy(ids),
+                     WRITTEN * T / np.median(times)])
+    return rows
+
+
+def study_steps(args):
+    """Run the study of steps: the runs in --runs write, the best AR run judges; print the table."""
+    path = args.out / "steps.csv"
+    if args.dry_run:
+        raise InputError("--dry-run: steps trains nothing")
+    if not args.plot_only:
+        runs = []
+        for folder in args.runs or ():
+            model, settings, _ = run.load_model(folder, run.pick_device())
+            ordered = settings["shuffle"] == 1 and settings["phase"] == 0
+            if settings["tokenizer"] == "byte" and ordered:
+                runs.append((settings | run.read(folder / "result.json"), model))
+        judges = [one for one in runs if one[0]["objective"] == "ar"]
+        if not judges or len(judges) == len(runs):
+            raise InputError("--runs: name finished runs on bytes, an AR run (the judge) and MDM "
+                             "runs")
+        result, judge = min(judges, key=lambda one: one[0]["val_bpb"])
+        rows = steps_rows(runs, judge, run.pick_device())
+        args.out.mkdir(parents=True, exist_ok=True)
+        run.write_csv(path, STEPS_COLUMNS, [[*row, result["flops_budget"], result["val_bpb"]]
+                                            for row in rows])
+    show_steps(segmentation.read_table(path, STEPS_COLUMNS), args.out / "steps.png")
+
+
+def name_of(row):
+    """Return the name of the model in a row of steps.csv."""
+    flags = f", {row['flags']}" if row["flags"] else ""
+    return f"{row['objective'].upper()}, {exact(row['flops_budget'])}{flags}"
+
+
+def show_steps(rows, path):
+    """Print the table of steps and draw its figure into path."""
+    lines = [[name_of(row), str(row["steps"]), f"{row['bpb']:.2f} +- {row['stderr']:.2f}",
+              f"{row['entropy']:.2f}", f"{row['bytes_per_second']:,.0f}"] for row in rows]
+    judge = rows[0]["judge"]
+    scaling.print_table(f"{rows[0]['sequences']} sequences written in so many steps, judged by AR "
+                        f"at {exact(rows[0]['judge_flops'])} FLOPs, which gives validation text "
+                        f"{judge:.2f} (+-: standard error)",
+                        ["model", "steps", "bits per byte", "entropy of single bytes",
+                         "bytes per second"], lines)
+
+    def paint(axes):
+        for ax, key in zip(axes[0], ("steps", "bytes_per_second"), strict=True):
+            for name in dict.fromkeys(map(name_of, rows)):
+                x, y, bar = np.array([[row[key], row["bpb"], 1.645 * row["stderr"]]
+                                      for row in rows if name_of(row) == name]).T
+                ax.errorbar(x, y, bar, fmt="o-", capsize=3, label=name)
+            ax.axhline(judge, color="0.5", linestyle="--", label="validation text")
+            ax.set(xlabel=key.replace("_", " "), ylabel="bits per byte, by the judge")
+        axes[0, 1].sharey(axes[0, 0])
+    scaling.draw(path, (1, 2), (10, 4.5), paint, share=False, legend_columns=3)
+    print(f"\nfigure: {path}")

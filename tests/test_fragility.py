@@ -226,6 +226,24 @@ def test_bits_per_byte_of_some_sequences_by_hand():
     assert found == pytest.approx([40 / 15, 2, 70 / 25, math.nan], nan_ok=True)
 
 
+def test_few_steps_by_hand():
+    byte = {"vocab_size": 256, "context": 24, "width": 32, "causal": False}
+    assert likelihood.numbers_of_steps(Transformer(Config(**byte))) == [1, 2, 4, 8, 16, 24]
+    assert likelihood.numbers_of_steps(Transformer(Config(**byte, patch=4))) == [1, 2, 4, 6]
+    assert likelihood.numbers_of_steps(Transformer(Config(256, 24, 32, True))) == [24]
+    assert likelihood.entropy(torch.tensor([[0, 0, 1, 1], [2, 2, 3, 3]])) == 2
+    # An untrained model writes bytes at random, and gives each byte 8 bits.
+    result = {"objective": "mdm", "flops_budget": 1, "width": 32} | run.PLAIN
+    writers = [(result, Transformer(Config(**byte)).eval())]
+    judge = Transformer(Config(256, 24, 32, True)).eval()
+    rows = likelihood.steps_rows(writers, judge, torch.device("cpu"))
+    assert [row[4] for row in rows] == [1, 2, 4, 8, 16, 24]
+    for row in rows:
+        named = dict(zip(likelihood.STEPS_COLUMNS, row, strict=False))
+        assert named["bpb"] == pytest.approx(8) and named["stderr"] == pytest.approx(0, abs=1e-6)
+        assert 7.5 < named["entropy"] < 8
+
+
 @pytest.mark.parametrize("block", [1, 2, 16, 64])
 def test_a_shuffle_permutes_within_blocks_and_costs_an_untrained_model_nothing(source_text, block):
     stream = np.frombuffer(source_text, dtype=np.uint8)
@@ -396,11 +414,13 @@ def test_studies_end_to_end(workplace, monkeypatch):
     folders = sorted((workplace / "runs" / "shuffle").iterdir())
     flags = (*TINY, "--out", "why")
     monkeypatch.setattr(likelihood, "LENGTHS", (32,))
+    monkeypatch.setattr(likelihood, "ROUNDS", 1)
     for study, words in (("segmentation", segmentation.READINGS.values()), ("order", ["5e8"]),
-                         ("repetition", ["AR, 5e8", "MDM, 5e8"])):
+                         ("repetition", ["AR, 5e8", "MDM, 5e8"]),
+                         ("steps", ["MDM, 5e8 | 32", "MDM, 5e8 | 64", "AR, 5e8 | 64"])):
         done = here(workplace, "fragility.py", study, *flags, "--runs", *folders)
         assert done.returncode == 0, done.stderr
-        assert all(f"| {word} |" in done.stdout for word in words)
+        assert all(f"| {word} |" in done.stdout for word in words), done.stdout
         shown = here(workplace, "fragility.py", study, *flags, "--plot-only")
         assert shown.stdout and shown.stdout in done.stdout
     for name in ("entropy.png", "segmentation.png"):
@@ -481,7 +501,8 @@ def test_planted_remedies_are_recovered_with_their_share_of_the_gap():
     (("segmentation", "--plot-only", "--out", "nowhere"), "segmentation.csv"),
     (("order", *TINY, "--runs", "nowhere"), "no finished byte run"),
     (("repetition", "--plot-only", "--out", "nowhere"), "repetition.csv"),
-    (("remedies", "--plot-only", "--out", "nowhere"), "too few runs")])
+    (("remedies", "--plot-only", "--out", "nowhere"), "too few runs"),
+    (("steps", "--out", "nowhere"), "--runs: name finished runs on bytes")])
 def test_bad_input_is_one_line(workplace, arguments, words):
     assert_one_line(here(workplace, "fragility.py", *arguments), words)
 

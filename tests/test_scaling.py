@@ -88,6 +88,7 @@ def test_the_result_in_the_first_document_is_that_of_the_tables(published):
     assert f"cost AR {found(r'[|] AR [|] 1e13 [|] ', 2)} bits per byte" in text
     assert f"cost MDM {found(r'[|] MDM [|] 1e13 [|] ', 2)}" in text
     assert f"needs {found(r'[|] AR [|] 3e12 [|] 0[^|]+[|] ', 0)} times the compute" in text
+    assert f"or {found(r'[|] MDM [|] 3e12 [|] 0[^|]+[|] ', 0)} times (MDM)" in text
     assert f"is {found(r'[|] AR [|] 3e12 [|] (?=[-+])', 2, '+')}." in text
 
 

@@ -560,6 +560,7 @@ def paint_profiles(axes, laws_found):
 def paint_predictions(axes, made):
     styles = {("surface", "one E"): "s-", ("surface", "separate E"): "s:",
               ("frontier law", "one E"): "o-", ("frontier law", "separate E"): "o:"}
+    budgets = sorted({following for _, _, _, following, _ in made})
     for (key, title), ax in zip(CONFIGURATIONS.items(), axes.flat, strict=True):
         for (form, name), style in styles.items():
             points = [(following, measured - predicted) for f, n, _, following, pairs in made
@@ -569,7 +570,9 @@ def paint_predictions(axes, made):
                 ax.plot(*zip(*points, strict=True), style, color=OKABE_ITO[form == "surface"],
                         mfc="none" if name != "one E" else None, label=f"{form}, {name}")
         ax.axhline(0, color="0.4", lw=1)
-        ax.set(title=title)
+        ax.set(title=title, xscale="log")
+        ax.set_xticks(budgets, [exact(budget) for budget in budgets])
+        ax.minorticks_off()
     for ax in axes[:, 0]:
         ax.set(ylabel="measured - predicted, bits")
     for ax in axes[-1]:
@@ -603,7 +606,7 @@ def plot(out, rows, found, gaps, laws_found, made, baselines):
              lambda axes: paint_residuals(axes, found, laws_found))
     if made:
         draw(out / "predicted.png", (2, 2), (7.5, 6), lambda axes: paint_predictions(axes, made),
-             legend_columns=2)
+             legend_columns=2, log=False)
     print(f"\nfigures: {out}")
 
 

@@ -31,7 +31,6 @@ REMEDIES = {
     ("mdm", "bpe"): {"convolution": {"conv": 7}, "bell": {"schedule": "bell"},
                      "convolution, bell": {"conv": 7, "schedule": "bell"}},
     ("mdm", "byte"): {"convolution": {"conv": 7}, "bell": {"schedule": "bell"}, **PATCHES,
-                      "patch 4, convolution, bell": {"patch": 4, "conv": 7, "schedule": "bell"},
                       "patch 8, convolution, bell": {"patch": 8, "conv": 7, "schedule": "bell"}},
 }
 PLAIN = "plain"
@@ -39,7 +38,6 @@ PLAIN = "plain"
 PAIRS = {"ar": ((PLAIN, PLAIN), ("convolution",) * 2, ("patch 4, convolution", "convolution")),
          "mdm": ((PLAIN, PLAIN), ("convolution",) * 2,
                  ("patch 8, convolution, bell", "convolution, bell"))}
-
 
 
 def plan(args, corpora):
@@ -129,7 +127,10 @@ def report(found):
 
 
 def paint_patches(ax, found, budget):
-    """Draw bits per byte against the size of the patch, with BPE as level lines."""
+    """Draw bits per byte against the size of the patch, with BPE as level lines.
+
+    Below each size: how many patches a sequence has, whose order MDM is free to choose.
+    """
     for objective in ("ar", "mdm"):
         curve = {size: found.get(((objective, "byte"), name, budget))
                  for size, name in ((1, PLAIN), (2, "patch 2"), (4, "patch 4"), (8, "patch 8"))}
@@ -142,7 +143,9 @@ def paint_patches(ax, found, budget):
         if bpe is not None:
             ax.axhline(bpe[0], color=COLORS[objective, "bpe"], linestyle="--",
                        label=f"{objective.upper()}, BPE")
-    ax.set(xlabel="bytes in a patch", ylabel="bits per byte", xticks=(1, 2, 4, 8))
+    sizes = (1, 2, 4, 8)
+    ax.set(xlabel="bytes in a patch (patches in 512 bytes)", ylabel="bits per byte")
+    ax.set_xticks(sizes, [f"{size}\n({512 // size})" for size in sizes])
 
 
 def paint_won(ax, found, budget):
@@ -165,9 +168,9 @@ def paint_won(ax, found, budget):
 
 def paint_gaps(ax, found):
     """Draw what bytes lose to BPE against the budget, plain and with remedies on both sides."""
-    budgets = sorted({key[2] for key in found})
+    budgets, labels = sorted({key[2] for key in found}), ("plain", "convolution", "all remedies")
     for objective, pairs in PAIRS.items():
-        for style, label, names in (("o-", "plain", pairs[0]), ("s--", "with all", pairs[2])):
+        for style, label, names in zip(("o-", "^:", "s--"), labels, pairs, strict=True):
             gaps = {budget: lost(found, objective, names, budget) for budget in budgets}
             gaps = {budget: bits for budget, bits in gaps.items() if bits is not None}
             if gaps:
@@ -176,22 +179,26 @@ def paint_gaps(ax, found):
                             color=COLORS[objective, "byte"], label=f"{objective.upper()}, {label}")
     ax.set(xscale="log", xlabel="training FLOPs", ylim=(0, None),
            ylabel="bits per byte that bytes lose")
+    ax.set_xticks(budgets, [exact(budget) for budget in budgets])
+    ax.minorticks_off()
 
 
 def draw(path, found):
-    """Draw three panels: patches and remedies at the largest budget that all have, and the gaps."""
-    budgets = [{key[2] for key in found if key[0] == configuration and key[1] != PLAIN}
-               for configuration in REMEDIES]
-    common = set.intersection(*budgets)
-    budget = max(common or {key[2] for key in found})
+    """Draw patches and the gaps, and what each remedy wins at the two budgets with most of them."""
+    budgets = [budget for _, _, budget in found]
+    most = sorted(set(budgets), key=lambda budget: (budgets.count(budget), budget))[:-3:-1]
 
     def paint(axes):
-        paint_patches(axes[0, 0], found, budget)
-        paint_won(axes[0, 1], found, budget)
-        paint_gaps(axes[0, 2], found)
-        for ax in axes[0, :2]:
+        paint_patches(axes[0, 0], found, most[0])
+        paint_gaps(axes[0, 1], found)
+        axes[0, 0].set_title(f"at {exact(most[0])} FLOPs")
+        for ax, budget in zip(axes[1], most, strict=False):
+            paint_won(ax, found, budget)
             ax.set_title(f"at {exact(budget)} FLOPs")
-    scaling.draw(path, (1, 3), (14, 5), paint, share=False, log=False)
+        axes[1, 1].set_visible(len(most) > 1)
+        # The names are those of the panel to the left.
+        axes[1, 1].set_yticklabels([])
+    scaling.draw(path, (2, 2), (10, 8), paint, share=False, log=False)
     print(f"\nfigure: {path}")
 
 

@@ -371,7 +371,8 @@ def test_published_tables_are_shown_without_training(tmp_path, study, figure, wo
 
 @pytest.mark.parametrize("study, words", [
     ("order", "| 1e14 | 2.777 | 2.823 | +0.045 +- 0.021 |"),
-    ("repetition", "| AR, 1e13 | no match of 64 | 1,408, 1,412 | 3.25 | 2.162 [2.143, 2.181] |")])
+    ("repetition", "| AR, 1e13 | no match of 64 | 1,408, 1,412 | 3.25 | 2.162 [2.143, 2.181] |"),
+    ("steps", "| MDM, 1e13, patch 4 | 128 | 4.16 +- 0.05 | 4.68 | 2,769 |")])
 def test_published_tables_of_the_checks_are_shown(tmp_path, study, words):
     shutil.copy(ROOT / "results" / f"{study}.csv", tmp_path)
     shown = here(tmp_path, "fragility.py", study, "--plot-only", "--out", tmp_path)

@@ -22,16 +22,18 @@ from scaling import COLORS, error_bars, interval, signed
 from sweep import CONFIGURATIONS, exact
 
 BUDGETS = {"cpu": (3e12, 1e13), "mps": (1e14,), "cuda": (1e17,)}
-# configuration -> remedy -> flags. A convolution reads as far back in AR as in MDM.
+# A convolution reads as far back in AR as in MDM. With it the best rate of MDM is twice as large.
+AR_CONV, MDM_CONV = {"conv": 4}, {"conv": 7, "lr": 0.003}
+BELL = {"schedule": "bell"}
 PATCHES = {f"patch {size}": {"patch": size} for size in (2, 4, 8)}
+# configuration -> remedy -> flags.
 REMEDIES = {
-    ("ar", "bpe"): {"convolution": {"conv": 4}},
-    ("ar", "byte"): {"convolution": {"conv": 4}, **PATCHES,
-                     "patch 4, convolution": {"patch": 4, "conv": 4}},
-    ("mdm", "bpe"): {"convolution": {"conv": 7}, "bell": {"schedule": "bell"},
-                     "convolution, bell": {"conv": 7, "schedule": "bell"}},
-    ("mdm", "byte"): {"convolution": {"conv": 7}, "bell": {"schedule": "bell"}, **PATCHES,
-                      "patch 8, convolution, bell": {"patch": 8, "conv": 7, "schedule": "bell"}},
+    ("ar", "bpe"): {"convolution": AR_CONV},
+    ("ar", "byte"): {"convolution": AR_CONV, **PATCHES,
+                     "patch 4, convolution": AR_CONV | {"patch": 4}},
+    ("mdm", "bpe"): {"convolution": MDM_CONV, "bell": BELL, "convolution, bell": MDM_CONV | BELL},
+    ("mdm", "byte"): {"convolution": MDM_CONV, "bell": BELL, **PATCHES,
+                      "patch 8, convolution, bell": MDM_CONV | BELL | {"patch": 8}},
 }
 PLAIN = "plain"
 # objective -> what (bytes, BPE) have in three comparisons: plain, a convolution, all remedies.

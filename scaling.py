@@ -53,13 +53,16 @@ def plan(args, corpora):
 
 
 def by_the_rules(row, flags=None):
-    """Return whether a run has the batch and learning rate of our rules, and no other flags."""
+    """Return whether a run has these flags and no others, and the batch and rate of our rules.
+
+    A "lr" among the flags takes the place of the rate of our rules.
+    """
     objective, tokenizer = row["objective"], row["tokenizer"]
+    flags = {"lr": TRAIN[objective].LEARNING_RATE[tokenizer]} | (flags or {})
     batch = sweep.batch_by_the_rule(objective, tokenizer, row["flops_budget"],
                                     row["context_tokens"])
-    return (row["batch_tokens"] == batch
-            and row["lr"] == TRAIN[objective].LEARNING_RATE[tokenizer]
-            and sweep.unusual(row) == (flags or {}))
+    found = {"lr": row["lr"]} | sweep.unusual(row)
+    return row["batch_tokens"] == batch and found == flags
 
 
 def read_baselines(path, row):

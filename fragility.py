@@ -152,8 +152,9 @@ def errors_of_means(tables, axis, rng):
 def lost_with_phase(rows):
     """Return {configuration: {block: (bits lost by a shuffle, half of their 90% interval)}}.
 
-    The mean over permutations and seeds. The interval holds how permutations differ, how seeds do,
-    and the error of the text, as if the two runs did not read the same one.
+    The mean over permutations and seeds. The interval holds how permutations differ, how seeds do
+    (with two or more of them), and the error of the text, as if the two runs did not read the same
+    one. That error is the mean of all runs.
     """
     found, rng = {configuration: {} for configuration in CONFIGURATIONS}, np.random.default_rng(0)
     blocks = sorted({row["phase"] for row in rows} - {0})
@@ -163,8 +164,12 @@ def lost_with_phase(rows):
         tables = {block: table for block, table in tables.items() if table.size}
         if not tables:
             continue
-        errors = sum(errors_of_means(tables.values(), axis, rng) for axis in (0, 1))
-        errors = errors + np.sqrt(variance) * rng.standard_normal((len(tables), SAMPLES))
+        of_seeds, of_permutations = (errors_of_means(tables.values(), axis, rng)
+                                     for axis in (0, 1))
+        # Two bytes have one permutation.
+        of_permutations[[block == 2 for block in tables]] = 0
+        errors = of_seeds + of_permutations
+        errors += np.sqrt(variance) * rng.standard_normal((len(tables), SAMPLES))
         halves = np.quantile(abs(errors), 0.9, axis=1)
         found[key] = {block: (table.mean(), half)
                       for (block, table), half in zip(tables.items(), halves, strict=True)}
@@ -172,7 +177,10 @@ def lost_with_phase(rows):
 
 
 def lost_without_phase(rows):
-    """Return the same of runs without a phase. The interval is that of the text alone."""
+    """Return the same of runs without a phase: means of seeds, each block at its best width.
+
+    The interval is that of the text alone.
+    """
     found = summary(rows, "shuffle")
     for key, own in found.items():
         plain = own.get(1)
@@ -194,9 +202,9 @@ def lines_of(curves, ending=""):
     def text(mean, half):
         return f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
 
-    levels = sorted(set().union(*(values for _, values, _, _ in curves)))
-    return [[f"{level}{ending}", *(text(*values[level]) if level in values else ""
-                                   for _, values, _, _ in curves)] for level in levels]
+    lengths = sorted(set().union(*(values for _, values, _, _ in curves)))
+    return [[f"{length}{ending}", *(text(*values[length]) if length in values else ""
+                                    for _, values, _, _ in curves)] for length in lengths]
 
 
 def show_shuffle(rows, at):
@@ -204,16 +212,16 @@ def show_shuffle(rows, at):
 
     Curves: [(label, {level: (bits per byte, half of the 90% interval)}, style, colour)].
     """
-    plain = [row for row in rows if row["phase"] == row["permutation"] == 0]
-    if plain:
-        found = summary(plain, "shuffle")
+    unphased = [row for row in rows if row["phase"] == row["permutation"] == 0]
+    if unphased:
+        found = summary(unphased, "shuffle")
         lines = lines_of([("", found[key], "", "") for key in CONFIGURATIONS])
         scaling.print_table("Order shuffled within blocks (BPE: of whole tokens; empty: the run "
                             f"above), {at}: bits per byte [90%]",
                             ["bytes in a block", *CONFIGURATIONS.values()], lines)
 
-    given, without = lost_with_phase(rows), lost_without_phase(plain)
-    tokens = {(row["tokenizer"], row["shuffle"]): tokens_in_block(row) for row in plain}
+    given, without = lost_with_phase(rows), lost_without_phase(unphased)
+    tokens = {(row["tokenizer"], row["shuffle"]): tokens_in_block(row) for row in unphased}
     curves = []
     for key, label in CONFIGURATIONS.items():
         own = {tokens[key[1], block]: lost for block, lost in without[key].items()}
@@ -261,9 +269,9 @@ def draw(path, curves, x, y):
     """Draw curves, as show_shuffle returns them, into path. x, y: the names of the axes."""
     def paint(axes):
         for label, values, style, color in curves:
-            levels = sorted(values)
-            mean, half = np.array([values[level] for level in levels]).reshape(-1, 2).T
-            axes[0, 0].errorbar(levels, mean, half, fmt=style, color=color, label=label, capsize=3)
+            lengths = sorted(values)
+            mean, half = np.array([values[length] for length in lengths]).reshape(-1, 2).T
+            axes[0, 0].errorbar(lengths, mean, half, fmt=style, color=color, label=label, capsize=3)
         axes[0, 0].set(xlabel=x, ylabel=y)
     scaling.draw(path, (1, 1), (7.5, 5), paint, legend_columns=3)
     print(f"\nfigure: {path}")
@@ -290,13 +298,12 @@ def intervene(args):
     show, x, y = {
         "shuffle": (show_shuffle, "bytes or BPE tokens in a block", "bits per byte lost"),
         "span": (show_span, "bytes masked together", "bits per byte")}[args.study]
-    curves = {}
-    for flops in sorted({row["flops_budget"] for row in shown}):
+    curves, budgets = {}, [row["flops_budget"] for row in shown]
+    for flops in sorted(set(budgets)):
         own = [row for row in shown if row["flops_budget"] == flops]
-        curves[len(own), flops] = show(own, f"at {exact(flops)} FLOPs")
-    # The budget with the most runs.
-    most = max(curves)
-    draw(path.with_suffix(".png"), curves[most], x, f"{y} at {exact(most[1])} FLOPs; bars: 90%")
+        curves[flops] = show(own, f"at {exact(flops)} FLOPs")
+    most = max(curves, key=budgets.count)
+    draw(path.with_suffix(".png"), curves[most], x, f"{y} at {exact(most)} FLOPs; bars: 90%")
     if any(sweep.find(spec, rows) is None for spec in specs):
         sys.exit(2)
 
@@ -309,11 +316,14 @@ def main():
     parser.add_argument("--controls", type=run.number(int, 2, 2**20), nargs="+",
                         help="of shuffle and span, train the controls only, with these lengths")
     parser.add_argument("--runs", type=run.path, nargs="+",
-                        help=f"run folders that {', '.join(READ)} read (default: all of runs/gap)")
+                        help=f"run folders that {', '.join(READ)} read (default, but for steps: "
+                             "all of runs/gap)")
     args = parser.parse_args()
     if args.controls and args.study not in CONTROLS:
         raise InputError("--controls goes with shuffle and span")
     if args.study in READ:
+        if args.dry_run:
+            raise InputError(f"--dry-run: {args.study} trains nothing")
         READ[args.study](args)
     elif args.runs:
         raise InputError(f"--runs goes with {', '.join(READ)}")

@@ -81,8 +81,6 @@ def order_row(result, folder, sequences, device):
 def study_order(args):
     """Run the study of the order: read finished MDM runs on bytes, print the table."""
     path = args.out / "order.csv"
-    if args.dry_run:
-        raise InputError("--dry-run: order trains nothing")
     if not args.plot_only:
         runs = segmentation.find_runs(args)
         byte, T = segmentation.load_corpus(args, runs), runs[0][0]["context_tokens"]
@@ -140,6 +138,8 @@ def without_match(begin, end, matches, length):
     matches: where strings of this length begin that do, as repeated() returns it.
     """
     before = np.concatenate([[0], matches.cumsum()])
+    # Too near the end of the text for a string of this length.
+    begin = begin.clip(max=len(matches))
     last = np.maximum(begin, end - length + 1)
     return before[last] == before[begin]
 
@@ -148,14 +148,12 @@ def read_bits(corpus, result, folder, device):
     """Return a run's bits for validation sequences, and where these begin and end: three (N,)."""
     model, _, _ = run.load_model(folder, device)
     T, count = result["context_tokens"], VAL_BYTES // result["context_bytes"]
-    sequences = data.Sequences(corpus.val, T).spaced(count)                             # (N, T)
-    ids = torch.from_numpy(sequences).to(device)
-    bits = sample.token_bits(model, ids.flatten(), MASKS).view(ids.shape).sum(dim=1)    # (N,)
-    ends = corpus.tokenizer.bytes_per_id[corpus.val].cumsum()
     # Where in the stream of tokens the sequences lie.
     at = data.Sequences(np.arange(len(corpus.val)), T).spaced(count)                    # (N, T)
-    begin = ends[at[:, 0]] - corpus.tokenizer.bytes_per_id[sequences[:, 0]]
-    return bits.double().cpu().numpy(), begin, ends[at[:, -1]]
+    ids = torch.from_numpy(corpus.val[at].astype(np.int64)).to(device)
+    bits = sample.token_bits(model, ids.flatten(), MASKS).view(ids.shape).sum(dim=1)    # (N,)
+    edges = np.append(0, corpus.tokenizer.bytes_per_id[corpus.val].cumsum())
+    return bits.double().cpu().numpy(), edges[at[:, 0]], edges[at[:, -1] + 1]
 
 
 def bits_per_byte(bits, nbytes, chosen, resamples):
@@ -215,8 +213,6 @@ def largest_pairs(byte, bpe):
 def study_repetition(args):
     """Run the study of repetition: read finished runs, print the table."""
     path = args.out / "repetition.csv"
-    if args.dry_run:
-        raise InputError("--dry-run: repetition trains nothing")
     if not args.plot_only:
         byte_runs = segmentation.find_runs(args)
         bpe_runs = segmentation.find_runs(args, "bpe")
@@ -268,7 +264,7 @@ def numbers_of_steps(model):
     patches = model.config.context // model.config.patch
     if model.config.causal:
         return [patches]
-    return [*(2**i for i in range(patches.bit_length()) if 2**i < patches), patches]
+    return sorted({2**i for i in range(patches.bit_length())} | {patches})
 
 
 def entropy(ids):
@@ -290,13 +286,14 @@ def steps_rows(writers, judge, device):
         for k, (_, model, steps) in enumerate(tasks):
             generator = torch.Generator(device).manual_seed(i)
             start = time.perf_counter()
-            texts[k].append(write(model, steps, generator))
+            # On the CPU, so that the device has done it when the clock is read.
+            texts[k].append(write(model, steps, generator).cpu())
             seconds[k].append(time.perf_counter() - start)
     rows = []
     for (result, _, steps), own, times in zip(tasks, texts, seconds, strict=True):
         ids = torch.cat(own)                                                        # (N, T)
         N, T = ids.shape
-        bits = sample.token_bits(judge, ids.flatten()).view(N, T).mean(dim=1).cpu()
+        bits = sample.token_bits(judge, ids.flatten().to(device)).view(N, T).mean(dim=1).cpu()
         # AR has no schedule: None.
         flags = ", ".join(f"{key} {value}" for key, value in sweep.unusual(result).items()
                           if value is not None)
@@ -309,19 +306,20 @@ def steps_rows(writers, judge, device):
 def study_steps(args):
     """Run the study of steps: the runs in --runs write, the best AR run judges; print the table."""
     path = args.out / "steps.csv"
-    if args.dry_run:
-        raise InputError("--dry-run: steps trains nothing")
     if not args.plot_only:
         runs = []
         for folder in args.runs or ():
             model, settings, _ = run.load_model(folder, run.pick_device())
+            result = run.read(folder / "result.json")
             ordered = settings["shuffle"] == 1 and settings["phase"] == 0
-            if settings["tokenizer"] == "byte" and ordered:
-                runs.append((settings | run.read(folder / "result.json"), model))
+            if result and settings["tokenizer"] == "byte" and ordered:
+                runs.append((settings | result, model))
         judges = [one for one in runs if one[0]["objective"] == "ar"]
         if not judges or len(judges) == len(runs):
             raise InputError("--runs: name finished runs on bytes, an AR run (the judge) and MDM "
                              "runs")
+        if len({(one["context_bytes"], one["corpus"]["sha256"]) for one, _ in runs}) > 1:
+            raise InputError("--runs: they differ in --context or --data")
         result, judge = min(judges, key=lambda one: one[0]["val_bpb"])
         rows = steps_rows(runs, judge, run.pick_device())
         args.out.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,10 @@
     python fragility.py remedies --budgets 3e12 1e13
     python fragility.py remedies --plot-only        # from results/remedies.csv and results/runs.csv
 
-Each remedy is trained in each configuration where it applies, BPE too: what it wins for both is not
-about bytes. Plain runs are those of the study. At each budget the lowest losses are compared. All
-runs of a configuration share the curvature of their IsoFLOP parabolas. Intervals are 90%, over
-samples of the residuals.
+Patches are for bytes. The other remedies are trained on BPE, too: what they win for both is not
+about bytes. Plain runs are those of the study. At each budget the minima of IsoFLOP parabolas are
+compared. All parabolas of a configuration share their curvature. Intervals are 90%, over samples of
+the residuals.
 """
 import sys
 from pathlib import Path
@@ -57,7 +57,7 @@ def plan(args, corpora):
 
 def remedy_of(row):
     """Return the name of what a run was trained with: a remedy, plain, or None if neither."""
-    remedies = {PLAIN: {}} | REMEDIES.get((row["objective"], row["tokenizer"]), {})
+    remedies = {PLAIN: {}} | REMEDIES[row["objective"], row["tokenizer"]]
     return next((name for name, flags in remedies.items() if scaling.by_the_rules(row, flags)),
                 None)
 
@@ -67,18 +67,18 @@ def analyse(rows):
 
     A remedy counts at budgets at which it has three widths or more, and plain runs at the same.
     """
-    named, widths = [], {}
+    groups = {}
     for row in sorted(rows, key=sweep.settings_of):
-        key = (row["objective"], row["tokenizer"]), remedy_of(row), row["flops_budget"]
-        if key[1] is not None:
-            named.append((row, key))
-            widths.setdefault(key, set()).add(row["width"])
-    named = [(row, key) for row, key in named if len(widths[key]) >= 3]
-    budgets = {key[2] for _, key in named if key[1] != PLAIN}
+        if name := remedy_of(row):
+            key = (row["objective"], row["tokenizer"]), name, row["flops_budget"]
+            groups.setdefault(key, []).append(row)
+    groups = {key: group for key, group in groups.items()
+              if len({row["width"] for row in group}) >= 3}
+    budgets = {budget for _, name, budget in groups if name != PLAIN}
     found = {}
     for seed, configuration in enumerate(CONFIGURATIONS):
-        own = [(row, key[1]) for row, key in named
-               if key[0] == configuration and key[2] in budgets]
+        own = [(row, name) for (owner, name, budget), group in groups.items()
+               if owner == configuration and budget in budgets for row in group]
         if not own:
             continue
         names = list(dict.fromkeys(name for _, name in own))
@@ -96,23 +96,29 @@ def analyse(rows):
 
 def lost(found, objective, names, budget):
     """Return the bits that bytes lose, with these remedies for (bytes, BPE): (S,), or None."""
-    byte, bpe = (found.get(((objective, tokenizer), name, budget))
-                 for tokenizer, name in zip(("byte", "bpe"), names, strict=True))
+    byte = found.get(((objective, "byte"), names[0], budget))
+    bpe = found.get(((objective, "bpe"), names[1], budget))
     return None if byte is None or bpe is None else byte - bpe
+
+
+def percent(shares):
+    """Return the first share, and the ends of the 90% interval of the others, in percent."""
+    return [round(100 * share) for share in (shares[0], *np.quantile(shares[1:], (0.05, 0.95)))]
 
 
 def report(found):
     """Print what each remedy wins, and what bytes lose with and without remedies."""
     lines = []
     for (configuration, name, budget), losses in found.items():
-        cells = [CONFIGURATIONS[configuration], name, exact(budget), f"{losses[0]:.3f}", "", ""]
+        won = share = ""
         plain = found.get((configuration, PLAIN, budget))
         if name != PLAIN and plain is not None:
-            cells[4] = signed(plain - losses)
+            won = signed(plain - losses)
             gap = lost(found, configuration[0], (PLAIN, PLAIN), budget)
             if configuration[1] == "byte" and gap is not None:
-                cells[5] = f"{interval(100 * (plain - losses) / gap, 2)} %"
-        lines.append(cells)
+                share = "{} [{}, {}] %".format(*percent((plain - losses) / gap))
+        lines.append([CONFIGURATIONS[configuration], name, exact(budget), f"{losses[0]:.3f}", won,
+                      share])
     scaling.print_table("What each remedy wins [90%]", [
         "configuration", "remedy", "FLOPs", "bits per byte", "bits won",
         "share of what plain bytes lose"], lines)
@@ -128,10 +134,10 @@ def report(found):
         "objective", "FLOPs", "plain", "both with a convolution", "both with all"], lines)
 
 
-def paint_patches(ax, found, budget):
+def paint_patches(ax, found, budget, context):
     """Draw bits per byte against the size of the patch, with BPE as level lines.
 
-    Below each size: how many patches a sequence has, whose order MDM is free to choose.
+    Below each size: how many patches a sequence of context bytes has, in any order for MDM.
     """
     for objective in ("ar", "mdm"):
         curve = {size: found.get(((objective, "byte"), name, budget))
@@ -146,8 +152,8 @@ def paint_patches(ax, found, budget):
             ax.axhline(bpe[0], color=COLORS[objective, "bpe"], linestyle="--",
                        label=f"{objective.upper()}, BPE")
     sizes = (1, 2, 4, 8)
-    ax.set(xlabel="bytes in a patch (patches in 512 bytes)", ylabel="bits per byte")
-    ax.set_xticks(sizes, [f"{size}\n({512 // size})" for size in sizes])
+    ax.set(xlabel=f"bytes in a patch (patches in {context} bytes)", ylabel="bits per byte")
+    ax.set_xticks(sizes, [f"{size}\n({context // size})" for size in sizes])
 
 
 def paint_won(ax, found, budget):
@@ -179,19 +185,19 @@ def paint_gaps(ax, found):
                 bits = np.stack(list(gaps.values()), axis=1)                            # (S, K)
                 ax.errorbar(list(gaps), bits[0], error_bars(bits), fmt=style, capsize=3,
                             color=COLORS[objective, "byte"], label=f"{objective.upper()}, {label}")
-    ax.set(xscale="log", xlabel="training FLOPs", ylim=(0, None),
-           ylabel="bits per byte that bytes lose")
+    ax.axhline(0, color="0.6")
+    ax.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte that bytes lose")
     ax.set_xticks(budgets, [exact(budget) for budget in budgets])
     ax.minorticks_off()
 
 
-def draw(path, found):
+def draw(path, found, context):
     """Draw patches and the gaps, and what each remedy wins at the two budgets with most of them."""
     budgets = [budget for _, _, budget in found]
-    most = sorted(set(budgets), key=lambda budget: (budgets.count(budget), budget))[:-3:-1]
+    most = sorted(set(budgets), key=lambda budget: (-budgets.count(budget), -budget))[:2]
 
     def paint(axes):
-        paint_patches(axes[0, 0], found, most[0])
+        paint_patches(axes[0, 0], found, most[0], context)
         paint_gaps(axes[0, 1], found)
         axes[0, 0].set_title(f"at {exact(most[0])} FLOPs")
         for ax, budget in zip(axes[1], most, strict=False):
@@ -222,6 +228,6 @@ def study(args):
         raise InputError(f"{path} has too few runs: each remedy needs three widths, and "
                          f"{args.out / 'runs.csv'} the plain ones")
     report(found)
-    draw(args.out / "remedies.png", found)
+    draw(args.out / "remedies.png", found, rows[0]["context_bytes"])
     if any(sweep.find(spec, rows) is None for spec in specs):
         sys.exit(2)

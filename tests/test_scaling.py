@@ -94,7 +94,8 @@ def test_the_result_in_the_first_document_is_that_of_the_tables(published):
 
 def test_every_published_run_has_its_log_or_is_older():
     logs = {path.stem for path in (PUBLISHED.parent / "logs").iterdir()}
-    labels = [sweep.label(row) for name in ("runs.csv", "remedies.csv")
+    labels = [sweep.label(row) for name in ("runs.csv", "remedies.csv", "shuffle.csv", "span.csv",
+                                       "sensitivity.csv")
               for row in sweep.read_rows(PUBLISHED.with_name(name))]
     assert logs <= set(labels) and len(logs) >= 15
 

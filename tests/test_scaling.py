@@ -2,6 +2,7 @@
 import argparse
 import csv
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -74,6 +75,25 @@ def test_the_report_holds_every_table_of_the_published_runs(published):
     for name in ("isoflops", "frontier", "gap", "profile", "predicted", "residuals"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (ROOT / "results" / f"{name}.png").exists()
+
+
+def test_the_report_holds_the_tables_of_english(tmp_path):
+    """The lowest losses, their minima, and the gap; the sha256 is that of the text's own script."""
+    for name in ("runs.csv", "baselines.csv"):
+        shutil.copy(ROOT / "results" / "english" / name, tmp_path)
+    shown = here(tmp_path, "scaling.py", "--plot-only", "--out", ".").stdout
+    tables = shown[:shown.index("One E, or one for each")]
+    rows = [line for line in tables.splitlines() if line.startswith("|")]
+    report = (ROOT / "results" / "README.md").read_text()
+    assert len(rows) > 14 and [row for row in rows if row not in report.splitlines()] == []
+    assert runpy.run_path(str(ROOT / "results/english.py"))["PUBLISHED"] in report
+
+
+def test_the_sensitivity_in_the_report_is_that_of_its_table():
+    report = (ROOT / "results" / "README.md").read_text()
+    chapter = report[report.index("### 3.14"):report.index("### 3.15")]
+    rows = sweep.read_rows(PUBLISHED.with_name("sensitivity.csv"))
+    assert len(rows) >= 4 and all(f"| {row['val_bpb']:.3f} |" in chapter for row in rows)
 
 
 def test_the_result_in_the_first_document_is_that_of_the_tables(published):

@@ -88,8 +88,9 @@ def interpolated_gap(byte_budgets, byte, bpe_budgets, bpe):
     Between two budgets log loss is a straight line in log C. inf where bytes do not reach the loss
     of BPE within their budgets. Where they had it before their first, G is at most what is given.
     """
-    # More compute never makes the best loss worse.
-    byte = np.minimum.accumulate(byte, axis=1)
+    # More compute never makes the best loss worse. Wild samples of few runs can be below 0.
+    byte = np.minimum.accumulate(byte, axis=1).clip(1e-9)
+    bpe = bpe.clip(1e-9)
     return np.exp(log_compute(np.log(bpe), np.log(byte), byte_budgets) - np.log(bpe_budgets))
 
 

@@ -224,6 +224,12 @@ def test_a_trend_is_in_decades_a_decade():
         [np.log10(2), 0], abs=1e-9)
 
 
+def test_a_wild_sample_below_zero_has_a_gap():
+    byte, bpe = np.array([[-4.0, 1.3]]), np.array([[2.9, -2.6]])
+    G = laws.interpolated_gap(np.array([3e12, 1e13]), byte, np.array([3e12, 1e13]), bpe)
+    assert not np.isnan(G).any() and G[0, 0] == pytest.approx(1)
+
+
 def test_the_interpolated_gap_of_power_laws_is_exact_and_bounded_by_the_budgets():
     C = np.geomspace(1e12, 1e14, 5)
     bpe, byte = 10 * C**-0.05, 10 * (C / 20) ** -0.05

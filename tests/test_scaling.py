@@ -89,8 +89,9 @@ def test_the_report_holds_the_tables_of_english(tmp_path):
     assert runpy.run_path(str(ROOT / "results/english.py"))["PUBLISHED"] in report
     first = (ROOT / "README.md").read_text()
     for objective in ("AR", "MDM"):
-        found = re.search(rf"[|] {objective} [|] 1e13 [|] ([\d.]+) \[([\d.]+), ([\d.]+)\]", tables)
-        assert "{:.2f} [{:.2f}, {:.2f}] ({})".format(*map(float, found.groups()), objective) in first
+        row = re.search(rf"[|] {objective} [|] 1e13 [|] ([\d.]+) \[([\d.]+), ([\d.]+)\]", tables)
+        words = "{:.2f} [{:.2f}, {:.2f}]".format(*map(float, row.groups()))
+        assert f"{words} ({objective})" in first
 
 
 def test_the_sensitivity_in_the_report_is_that_of_its_table():

@@ -302,7 +302,8 @@ def intervene(args):
     for flops in sorted(set(budgets)):
         own = [row for row in shown if row["flops_budget"] == flops]
         curves[flops] = show(own, f"at {exact(flops)} FLOPs")
-    most = max(curves, key=budgets.count)
+    # The budget with the most runs; of equal ones, the largest.
+    most = max(curves, key=lambda flops: (budgets.count(flops), flops))
     draw(path.with_suffix(".png"), curves[most], x, f"{y} at {exact(most)} FLOPs; bars: 90%")
     if any(sweep.find(spec, rows) is None for spec in specs):
         sys.exit(2)

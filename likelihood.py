@@ -318,8 +318,7 @@ def study_steps(args):
         if not judges or len(judges) == len(runs):
             raise InputError("--runs: name finished runs on bytes, an AR run (the judge) and MDM "
                              "runs")
-        if len({(one["context_bytes"], one["corpus"]["sha256"]) for one, _ in runs}) > 1:
-            raise InputError("--runs: they differ in --context or --data")
+        segmentation.check_one_text(runs)
         result, judge = min(judges, key=lambda one: one[0]["val_bpb"])
         rows = steps_rows(runs, judge, run.pick_device())
         args.out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ import run
 import scaling
 import sweep
 from run import InputError
-from scaling import COLORS, error_bars, interval, signed
+from scaling import COLORS, error_bars, interval, signed, with_ends
 from sweep import CONFIGURATIONS, exact
 
 BUDGETS = {"cpu": (3e12, 1e13), "mps": (1e14,), "cuda": (1e17,)}
@@ -101,11 +101,6 @@ def lost(found, objective, names, budget):
     return None if byte is None or bpe is None else byte - bpe
 
 
-def percent(shares):
-    """Return the first share, and the ends of the 90% interval of the others, in percent."""
-    return [round(100 * share) for share in (shares[0], *np.quantile(shares[1:], (0.05, 0.95)))]
-
-
 def report(found):
     """Print what each remedy wins, and what bytes lose with and without remedies."""
     lines = []
@@ -116,7 +111,7 @@ def report(found):
             won = signed(plain - losses)
             gap = lost(found, configuration[0], (PLAIN, PLAIN), budget)
             if configuration[1] == "byte" and gap is not None:
-                share = "{} [{}, {}] %".format(*percent((plain - losses) / gap))
+                share = "{:.0f} [{:.0f}, {:.0f}] %".format(*with_ends(100 * (plain - losses) / gap))
         lines.append([CONFIGURATIONS[configuration], name, exact(budget), f"{losses[0]:.3f}", won,
                       share])
     scaling.print_table("What each remedy wins [90%]", [

@@ -263,6 +263,11 @@ def predictions(rows, found):
 # -----------------------------------------------------------------------------------------------
 # The tables, in Markdown.
 
+def with_ends(values):
+    """Return the first of the values, and the ends of the 90% interval of the others."""
+    return values[0], *np.quantile(values[1:], (0.05, 0.95), method="nearest")
+
+
 def interval(values, digits=3, far="never"):
     """Return the first of the values, and the 90% interval of the others: "2.51 [2.40, 2.63]".
 
@@ -272,14 +277,12 @@ def interval(values, digits=3, far="never"):
         if np.isinf(value):
             return far
         return short(f"{value:.0e}") if value >= 1e4 else f"{value:#.{digits}g}".rstrip(".")
-    low, high = np.quantile(values[1:], (0.05, 0.95), method="nearest")
-    return f"{text(values[0])} [{text(low)}, {text(high)}]"
+    return "{} [{}, {}]".format(*map(text, with_ends(values)))
 
 
 def signed(values):
     """Return a number that may be negative, with its 90% interval and standard deviation."""
-    low, high = np.quantile(values[1:], (0.05, 0.95), method="nearest")
-    return f"{values[0]:+.2f} [{low:+.2f}, {high:+.2f}], sd {values[1:].std():.2f}"
+    return "{:+.2f} [{:+.2f}, {:+.2f}], sd {:.2f}".format(*with_ends(values), values[1:].std())
 
 
 def print_table(title, columns, rows):

@@ -181,10 +181,14 @@ def best_runs(folders, budgets, tokenizer="byte"):
             raise InputError(f"there is no finished {tokenizer} run of {objective} with a "
                              "checkpoint: train some (python scaling.py), or name their folders "
                              "with --runs")
-    if len({(result["corpus"]["sha256"], result["context_bytes"])
-            for result, _ in best.values()}) > 1:
-        raise InputError("the runs are of different text or context: name those of one with --runs")
+    check_one_text(best.values())
     return [best[key] for key in sorted(best)]
+
+
+def check_one_text(runs):
+    """Raise InputError if runs, pairs (result, _), are of different text or context."""
+    if len({(result["corpus"]["sha256"], result["context_bytes"]) for result, _ in runs}) > 1:
+        raise InputError("the runs are of different text or context: name those of one with --runs")
 
 
 def find_runs(args, tokenizer="byte"):

@@ -380,6 +380,7 @@ def test_the_documents_hold_the_tables_of_remedies_and_the_shares_won_back(tmp_p
     shares = re.findall(r"(\d+)% (\[\d+, \d+\])", (ROOT / "README.md").read_text())
     assert len(shares) == 4
     assert all(f"{share} {interval} %" in shown.stdout for share, interval in shares)
+    assert (tmp_path / "remedies.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("study, words", [

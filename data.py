@@ -39,7 +39,8 @@ from bpe import Tokenizer, train_bpe
 try:
     import fcntl
 except ImportError:
-    # Windows has no such lock: there, don't prepare one corpus in two processes at once.
+    # Windows has no such lock: there, don't prepare one corpus in two processes at once, nor start
+    # two in one run folder.
     fcntl = None
 try:
     from compression import zstd
@@ -449,6 +450,7 @@ def locked_cache():
     """Let one process at a time fill the cache, which is made if need be."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with locked(CACHE):
+        # Another process may have removed it, empty, while this one waited.
         CACHE.mkdir(parents=True, exist_ok=True)
         try:
             yield
@@ -499,8 +501,8 @@ def load(data="pysrc", tokenizer="byte", vocab_size=4096):
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     folder = CACHE / f"{place}-byte"
     meta = prepare(folder, key, write_bytes, name, files, whole)
-    if tokenizer == "bpe":
-        source, folder = folder, CACHE / f"{place}-bpe{vocab_size}"
+    if tokenizer != "byte":
+        source, folder = folder, CACHE / f"{place}-{tokenizer}{vocab_size}"
         # Another class of tokenizer has its own ids.
         key = f"{meta['sha256']} {Tokenizer.__module__}.{Tokenizer.__name__}"
         meta = prepare(folder, key, write_tokens, source, meta, vocab_size)

@@ -42,13 +42,12 @@ BLOCKS = (1, 2, 4, 8, 16, 32, 64)     # bytes that are permuted; the whole seque
 SPANS = (1, 2, 4, 8, 16)              # bytes that are masked together
 # Bytes in a block whose phase is given; bytes that are masked together in half of the sequences.
 CONTROLS = {"shuffle": (2, 4, 8, 32), "span": (2, 4, 8)}
-# Permutation 1 leaves most neighbours together: 2 of 3 in blocks of 4, 5 of 7 in blocks of 8.
+# Permutation 1 leaves 5 of 7 neighbours together in blocks of 8, and 0 leaves 2 of 7.
 PERMUTATIONS = (0, 2)
 # Studies that read finished runs.
 READ = {"segmentation": segmentation.study, "order": likelihood.study_order,
         "repetition": likelihood.study_repetition, "steps": likelihood.study_steps}
 BUDGET = {"cpu": 1e12, "mps": 3e13, "cuda": 1e17}
-INTERVAL = 1.645                      # half of a 90% interval, in standard errors
 SAMPLES = 10_000                      # of the errors
 
 
@@ -112,7 +111,7 @@ def summary(rows, flag):
     for group in groups.values():
         bpb = np.mean([row["val_bpb"] for row in group])
         errors = np.array([row["val_bpb_stderr"] for row in group], dtype=float)
-        half = INTERVAL * np.sqrt((errors**2).mean())
+        half = scaling.INTERVAL * np.sqrt((errors**2).mean())
         own, level = found[group[0]["objective"], group[0]["tokenizer"]], group[0][flag]
         own[level] = min(own.get(level, (math.inf, 0)), (bpb, half))
     return found
@@ -197,14 +196,14 @@ def tokens_in_block(row):
     return data.nearest_divisor(row["context_tokens"], length)
 
 
-def lines_of(curves, ending=""):
-    """Return the lines of a table: one for each level of the curves, a column for each curve."""
+def lines_of(columns, ending=""):
+    """Return the lines of a table: one for each level. columns: {level: (mean, half)} of each."""
     def text(mean, half):
         return f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
 
-    lengths = sorted(set().union(*(values for _, values, _, _ in curves)))
     return [[f"{length}{ending}", *(text(*values[length]) if length in values else ""
-                                    for _, values, _, _ in curves)] for length in lengths]
+                                    for values in columns)]
+            for length in sorted(set().union(*columns))]
 
 
 def show_shuffle(rows, at):
@@ -215,7 +214,7 @@ def show_shuffle(rows, at):
     unphased = [row for row in rows if row["phase"] == row["permutation"] == 0]
     if unphased:
         found = summary(unphased, "shuffle")
-        lines = lines_of([("", found[key], "", "") for key in CONFIGURATIONS])
+        lines = lines_of([found[key] for key in CONFIGURATIONS])
         scaling.print_table("Order shuffled within blocks (BPE: of whole tokens; empty: the run "
                             f"above), {at}: bits per byte [90%]",
                             ["bytes in a block", *CONFIGURATIONS.values()], lines)
@@ -232,7 +231,7 @@ def show_shuffle(rows, at):
         scaling.print_table(f"Bits per byte that a shuffle loses, {at} [90%: with phase, of seeds, "
                             "permutations and text; without, of the text alone]",
                             ["bytes in a block", *(label for label, *_ in of_bytes)],
-                            lines_of(of_bytes))
+                            lines_of([values for _, values, *_ in of_bytes]))
     return [curve for curve in curves if curve[1]]
 
 
@@ -257,10 +256,11 @@ def show_span(rows, at):
     line = dict.fromkeys(curves[0][1], level) if level else {}
     curves.append((CONFIGURATIONS[bpe], line, "s--", COLORS[bpe]))
     half = span_curves([row for row in rows if row["span_share"] == 0.5])
-    half.append(("", {}, "", ""))
     scaling.print_table(f"Spans of bytes masked together, {at}: bits per byte [90%]",
                         ["bytes masked together", *(label for label, *_ in curves)],
-                        lines_of(curves) + lines_of(half, ", in half of the sequences"))
+                        lines_of([values for _, values, *_ in curves])
+                        + lines_of([*(values for _, values, *_ in half), {}],
+                                   ", in half of the sequences"))
     return curves + [(f"{label}, half spans", values, style.replace("o", "^"), "0.4")
                      for label, values, style, _ in half if values]
 

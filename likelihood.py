@@ -82,7 +82,7 @@ def study_order(args):
     """Run the study of the order: read finished MDM runs on bytes, print the table."""
     path = args.out / "order.csv"
     if not args.plot_only:
-        runs = segmentation.find_runs(args)
+        runs = segmentation.find_runs(args, objectives=("mdm",))
         byte, T = segmentation.load_corpus(args, runs), runs[0][0]["context_tokens"]
         sequences = data.Sequences(byte.val, T).spaced(ORDER_SEQUENCES)                 # (N, T)
         rows = []
@@ -187,7 +187,7 @@ def repetition_rows(objective, pair, corpora, matches, device):
                 chosen = without_match(begin, end, matches[length], length)
             values.append(bits_per_byte(bits, end - begin, chosen, resamples))
             counts.append(int(chosen.sum()))
-        # Of the last of both, BPE.
+        # Of BPE, which was read last.
         spelled = (end - begin)[chosen].sum() / max(1, counts[1] * pair[1][0]["context_tokens"])
         gap = values[0] - values[1]
         if length == 0:
@@ -217,10 +217,10 @@ def study_repetition(args):
         byte_runs = segmentation.find_runs(args)
         bpe_runs = segmentation.find_runs(args, "bpe")
         byte = segmentation.load_corpus(args, byte_runs + bpe_runs)
-        bpe = data.load(args.data, "bpe", bpe_runs[0][0]["vocab_size"])
         matches = {length: repeated(byte.val, byte.train, length) for length in LENGTHS}
         rows = []
         for objective, pair in largest_pairs(byte_runs, bpe_runs).items():
+            bpe = data.load(args.data, "bpe", pair[1][0]["vocab_size"])
             rows += repetition_rows(objective, pair, (byte, bpe), matches, run.pick_device())
             print(f"read {pair[0][1]} and {pair[1][1]}", flush=True)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -294,9 +294,7 @@ def steps_rows(writers, judge, device):
         ids = torch.cat(own)                                                        # (N, T)
         N, T = ids.shape
         bits = sample.token_bits(judge, ids.flatten().to(device)).view(N, T).mean(dim=1).cpu()
-        # AR has no schedule: None.
-        flags = ", ".join(f"{key} {value}" for key, value in sweep.unusual(result).items()
-                          if value is not None)
+        flags = ", ".join(f"{key} {value}" for key, value in sweep.unusual(result).items())
         rows.append([result["objective"], result["flops_budget"], result["width"], flags, steps, N,
                      bits.mean().item(), bits.std().item() / N**0.5, entropy(ids),
                      WRITTEN * T / np.median(times)])
@@ -347,7 +345,7 @@ def show_steps(rows, path):
     def paint(axes):
         for ax, key in zip(axes[0], ("steps", "bytes_per_second"), strict=True):
             for name in dict.fromkeys(map(name_of, rows)):
-                x, y, bar = np.array([[row[key], row["bpb"], 1.645 * row["stderr"]]
+                x, y, bar = np.array([[row[key], row["bpb"], scaling.INTERVAL * row["stderr"]]
                                       for row in rows if name_of(row) == name]).T
                 ax.errorbar(x, y, bar, fmt="o-", capsize=3, label=name)
             ax.axhline(judge, color="0.5", linestyle="--", label="validation text")

@@ -1,7 +1,7 @@
 """What every run needs besides its objective: flags, processes, the plan, the log, resuming.
 
-A run lives in a folder: checkpoint.pt and log.csv
-while it trains, result.json and loss.png at its end.
+A run lives in a folder: checkpoint.pt and log.csv from its start, result.json and loss.png from its
+end.
 """
 import argparse
 import contextlib
@@ -27,14 +27,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bpe import Tokenizer
-from data import InputError, with_shards
+from data import InputError, fcntl, with_shards
 from model import Config, Transformer, flops_per_token, has_bf16, head_dim, seconds_per_call
-
-try:
-    import fcntl
-except ImportError:
-    # Windows has no such lock: there, nothing keeps two runs out of one folder.
-    fcntl = None
 
 # A minute or two. A GPU without bfloat16 of its own (T4, V100) is several times slower.
 DEFAULT_FLOPS = {"cpu": 3e12, "mps": 1e14, "cuda": 1e15, "cuda without bf16": 1e14}
@@ -198,8 +192,7 @@ def setup(args, learning_rates):
     except ValueError as error:
         raise InputError(f"--width: {error}") from None
     if world_size > 1:
-        # The others wait while rank 0 prepares the data, and while it validates. They do so on the
-        # CPU: there they see it if rank 0 stops.
+        # The others wait while rank 0 prepares the data: on the CPU, where they see it if it stops.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
     if device.type == "cpu":
@@ -243,9 +236,9 @@ def default_width(flops, width_at_1e12=math.inf):
 
 
 def bytes_needed(flops, width, tokenizer, vocab_size, context_bytes):
-    """Return about how many bytes of text a budget reads, a BPE token taken as four bytes."""
-    length = 4 if tokenizer == "bpe" else 1
-    vocab_size = vocab_size if tokenizer == "bpe" else 256
+    """Return about how many bytes of text a budget reads, other tokens taken as four bytes."""
+    length = 1 if tokenizer == "byte" else 4
+    vocab_size = 256 if tokenizer == "byte" else vocab_size
     config = Config(vocab_size, max(1, context_bytes // length), width)
     return flops / flops_per_token(config) * length
 
@@ -493,6 +486,7 @@ def read(path, settings=None):
     try:
         if path.suffix == ".json":
             found = had = json.loads(path.read_text())
+            # Not a result without these.
             float(found["val_bpb"]), int(found["steps"]), found["corpus"]["name"]
         else:
             found = load_checkpoint(path)

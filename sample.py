@@ -29,7 +29,7 @@ GAP = re.compile("_{3,}")         # in --infill: a gap of as many tokens
 MASK_CHARACTER = "\u2591"         # what the terminal shows for MASK
 MASKS = 32                        # random masks of each sequence, to score with an MDM
 BLOCK = 32                        # tokens in a block of --order blocks
-WATCH_SECONDS = 5                 # that --watch takes at least
+WATCH_SECONDS = 5                 # of pauses in --watch, for a whole context
 CLEAR = "\x1b[H\x1b[2J"           # clears the terminal
 PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}       # of control characters
 PICTURES |= dict.fromkeys(range(127, 160), 0x2421)
@@ -139,12 +139,13 @@ def diffuse(model, ids, length, steps, order="random", block=BLOCK, **options):
     """
     context, special_id, P = model.config.context, model.config.vocab_size, model.config.patch
     # Whole patches.
-    half, block = context // 2 // P * P, max(P, block // P * P)
+    half = context // 2 // P * P
+    block = max(P, min(block // P * P, half))
     start, end = ids.size(1), ids.size(1) + length
     text = F.pad(ids, (0, length), value=special_id)
     whole = order != "blocks" and end <= context
     while start < end:
-        stop = end if whole else min(start + min(block, half), end)
+        stop = end if whole else min(start + block, end)
         share = steps if whole else max(1, steps * (stop - start) // context)
         first = max(0, min(start - half, end - context))
         sequence = text[:, first:first + context]
@@ -225,7 +226,7 @@ def write(model, tokenizer, args, options):
     prompt = encode(tokenizer, to_bytes(args.prompt or ""), args.device)
     length = args.length
     if length is None:
-        length = context - len(prompt) if len(prompt) < context else context // 2
+        length = context - len(prompt) if len(prompt) < context else max(1, context // 2)
     prompts = prompt.expand(args.samples, -1)                                       # (B, n)
     P = model.config.patch
     if not model.config.causal and (len(prompt) % P or length % P):
@@ -290,10 +291,8 @@ def token_bits(model, ids, masks=MASKS):
         else:
             copies = sequence.expand(masks, -1)                                     # (masks, T)
             inputs, weights = train_mdm.corrupt(copies, special_id, run.generator(0, i), span=P)
-        nll = []
-        for piece in inputs.split(16):
-            nll.append(model(piece, sequence.expand(len(piece), -1)))
-        nats = (weights.to(ids.device) * torch.cat(nll)).mean(dim=0)                # (T,)
+        nll = [model(piece, sequence.expand(len(piece), -1)) for piece in inputs.split(16)]
+        nats = (weights * torch.cat(nll)).mean(dim=0)                               # (T,)
         parts.append(nats / math.log(2))
     bits = torch.cat(parts)
     if not model.config.causal:

@@ -37,6 +37,7 @@ BASELINE = {"ar": "bigram", "mdm": "bag"}
 FORMS = {"surface": 4, "frontier law": 5}
 CUTS = ("all budgets", "past counting", "past counting, without the lowest")
 ENTROPIES = 61                         # values of E that are tried
+INTERVAL = 1.645                       # half of a 90% interval, in standard errors
 # No frontier is followed beyond these FLOPs.
 FAR = 1e30
 
@@ -175,8 +176,9 @@ def choose(found, cut):
     for key, one in found.items():
         kept = one.budgets if cut == CUTS[0] else one.budgets[one.passed]
         mask = np.isin(one.C, kept[kept > lowest] if cut == CUTS[2] else kept)
-        if mask.sum() > 5 and len(set(one.C[mask])) > 1 and laws.determined(one.N[mask],
-                                                                            one.D[mask]):
+        C, N, D = one.C[mask], one.N[mask], one.D[mask]
+        # A law of one configuration has three constants for its budgets.
+        if mask.sum() > 5 and len(set(C)) > 2 and laws.determined(N, D):
             chosen[key] = mask
     return chosen
 
@@ -299,7 +301,8 @@ def report_gaps(found, gaps):
     for objective, gap in gaps.items():
         for k, budget in enumerate(gap.budgets):
             bound = f"above {int(gap.top / budget)}" if gap.top > budget else ""
-            G = interval(gap.G[:, k], far=bound).replace(f"{bound} [{bound}, {bound}]", bound)
+            beyond = np.isinf(with_ends(gap.G[:, k])).all()
+            G = bound if beyond else interval(gap.G[:, k], far=bound)
             rows.append([objective.upper(), exact(budget), interval(gap.bits[:, k]), G])
             if np.isfinite(gap.G[0, k]):
                 parts = take_apart(found, objective, budget, gap.G[0, k])

@@ -23,7 +23,7 @@ import scaling
 import train_ar
 from run import InputError
 from scaling import COLORS
-from sweep import exact
+from sweep import exact, unusual
 
 SEQUENCES = 64                        # of validation text that are read
 POSITIONS = 64                        # in each
@@ -158,10 +158,10 @@ def with_interval(values):
 # -----------------------------------------------------------------------------------------------
 # The study.
 
-def best_runs(folders, budgets, tokenizer="byte"):
+def best_runs(folders, budgets, tokenizer="byte", objectives=tuple(READ)):
     """Return (result, folder) of the best finished run of each objective and budget, in order.
 
-    Raise InputError if an objective has none, or if they are of different text or context.
+    Raise InputError if one of the objectives has none, or if they are of different text or context.
     """
     best = {}
     for folder in folders:
@@ -169,14 +169,14 @@ def best_runs(folders, budgets, tokenizer="byte"):
         if result is None or not (folder / "checkpoint.pt").exists():
             continue
         result = run.PLAIN | result
-        # Of a flag that it lacks, an older run has None.
-        plain = all(result[key] in (value, None) for key, value in run.PLAIN.items())
-        wanted = plain and result["tokenizer"] == tokenizer
-        if wanted and (not budgets or result["flops_budget"] in budgets):
+        if unusual(result) or result["tokenizer"] != tokenizer:
+            continue
+        wanted = not budgets or result["flops_budget"] in budgets
+        if wanted and result["objective"] in objectives:
             key = result["objective"], result["flops_budget"]
             if key not in best or result["val_bpb"] < best[key][0]["val_bpb"]:
                 best[key] = result, folder
-    for objective in READ:
+    for objective in objectives:
         if objective not in {key[0] for key in best}:
             raise InputError(f"there is no finished {tokenizer} run of {objective} with a "
                              "checkpoint: train some (python scaling.py), or name their folders "
@@ -191,10 +191,10 @@ def check_one_text(runs):
         raise InputError("the runs are of different text or context: name those of one with --runs")
 
 
-def find_runs(args, tokenizer="byte"):
+def find_runs(args, tokenizer="byte", objectives=tuple(READ)):
     """Return the best runs of the folders in --runs, by default of runs/gap."""
     folders = args.runs or sorted(Path("runs/gap").glob("*"))
-    return best_runs(folders, args.budgets, tokenizer)
+    return best_runs(folders, args.budgets, tokenizer, objectives)
 
 
 def load_corpus(args, runs):

@@ -68,8 +68,8 @@ def batch_by_the_rule(objective, tokenizer, flops, context):
 def settings(configuration, flops, width, seed, args, corpora, **flags):
     """Return the settings of a run, a dict with the keys of SETTINGS, as its row will have them.
 
-    corpora: as load_corpora returns them. flags: those that differ from run.PLAIN. Raises
-    InputError if the budget does not pay for a step.
+    corpora: as load_corpora returns them. flags: those that differ from run.PLAIN, and
+    the rate, "lr", if it is not the rule's. Raises InputError if the budget pays for no step.
     """
     objective, tokenizer = configuration
     corpus = corpora[tokenizer]
@@ -139,7 +139,7 @@ def unusual(spec):
     """Return the flags of a run that differ from run.PLAIN."""
     flags = {key: spec[key] for key, value in run.PLAIN.items() if spec[key] != value}
     # AR has no schedule, and the spans of a model with patches are its patches.
-    if spec["schedule"] == "":
+    if not spec["schedule"]:
         del flags["schedule"]
     if spec["patch"] > 1:
         flags.pop("span", None)
@@ -148,7 +148,7 @@ def unusual(spec):
 
 def label(spec):
     """Return the name of a run's folder."""
-    size = spec["vocab_size"] if spec["tokenizer"] == "bpe" else ""
+    size = "" if spec["tokenizer"] == "byte" else spec["vocab_size"]
     name = (f"{spec['objective']}-{spec['tokenizer']}{size}-w{spec['width']}"
             f"-c{exact(spec['flops_budget'])}-t{spec['context_bytes']}-b{spec['batch_tokens']}"
             f"-lr{exact(spec['lr'])}-s{spec['seed']}")
@@ -163,7 +163,7 @@ def command(spec, args, out):
     flags = {"tokenizer": spec["tokenizer"], "flops": exact(spec["flops_budget"]),
              "width": spec["width"], "batch": spec["batch_tokens"], "lr": exact(spec["lr"]),
              "seed": spec["seed"], "context": spec["context_bytes"], "data": args.data, "out": out}
-    if spec["tokenizer"] == "bpe":
+    if spec["tokenizer"] != "byte":
         flags["vocab"] = spec["vocab_size"]
     flags |= unusual(spec)
     words = []
@@ -276,8 +276,8 @@ def finished(spec, out):
 
 def check_alike(rows, path):
     """Raise InputError if the rows of a table are of different texts, contexts or vocabularies."""
-    bpe = [row for row in rows if row["tokenizer"] == "bpe"]
-    for column, group in (("sha256", rows), ("context_bytes", rows), ("vocab_size", bpe)):
+    learned = [row for row in rows if row["tokenizer"] != "byte"]
+    for column, group in (("sha256", rows), ("context_bytes", rows), ("vocab_size", learned)):
         kinds = {str(row[column])[:12] for row in group if row[column] is not None}
         if len(kinds) > 1:
             raise InputError(f"{path} would mix runs of different {column} "
@@ -416,7 +416,7 @@ def train_missing(specs, path, args, folder):
 # The flags of a study.
 
 def study_arguments(doc):
-    """Return the parser of a study: this one's, and those of fragility.py."""
+    """Return the parser of scaling.py. fragility.py adds its own flags."""
     parser = run.make_parser(doc)
     flag = parser.add_argument
     flag("--budgets", type=run.number(float, 1, 1e30), nargs="+",

@@ -103,7 +103,7 @@ def main():
     width = args.width or run.default_width(args.flops, WIDTH)
     config = run.make_config(args, OBJECTIVE, tokenizer.vocab_size, context, width)
     batch, steps = run.count_steps(args, batch_tokens(args.flops, args.tokenizer), config)
-    # A small budget gets a small validation; before the last one, 1/16 of the text is read.
+    # A small budget gets a small validation; during training, 1/16 of it is read.
     val_count = max(16, min(VAL_BYTES // args.context, 2 * steps * batch))
     val = data.Sequences(corpus.val, context, shuffle, args.permutation).spaced(val_count)
     settings, out = run.describe(OBJECTIVE, args, corpus, config, batch, steps, options)

@@ -31,7 +31,7 @@ VAL_BYTES = 2**20                                         # of validation text, 
 
 def batch_tokens(flops, tokenizer):
     """Return the tokens in a batch: for bytes it grows only beyond the budgets of the study."""
-    growth = flops / 1e12 if tokenizer == "bpe" else max(1, flops / 3e14)
+    growth = max(1, flops / 3e14) if tokenizer == "byte" else flops / 1e12
     return BATCH[tokenizer] * growth**0.3
 
 
@@ -169,7 +169,7 @@ def main():
     width = args.width or run.default_width(args.flops, WIDTH)
     config = run.make_config(args, OBJECTIVE, tokenizer.vocab_size, context, width)
     batch, steps = run.count_steps(args, batch_tokens(args.flops, args.tokenizer), config)
-    # A small budget gets a small validation; before the last one, 1/16 of the text is read.
+    # A small budget gets a small validation; during training, 1/16 of it is read.
     val_count = max(16, min(VAL_BYTES // args.context, 2 * steps * batch))
     val = data.Sequences(corpus.val, context, shuffle, args.permutation).spaced(val_count)
     settings, out = run.describe(OBJECTIVE, args, corpus, config, batch, steps, options)
@@ -224,8 +224,8 @@ def main():
         more = {}
         if args.span > 1:
             # The bound of single tokens, too, which is what other models are compared by.
-            more["val_bpb_span1"], more["val_bpb_span1_stderr"] = \
-                evaluate(model, val, tokenizer.bytes_per_id)
+            single, error = evaluate(model, val, tokenizer.bytes_per_id)
+            more = {"val_bpb_span1": single, "val_bpb_span1_stderr": error}
         log.finish(bpb, stderr, tokenizer.bytes_per_id[val].sum(), **more)
 
 

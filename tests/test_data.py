@@ -155,6 +155,8 @@ def test_another_tokenizer_is_trained_on_like_ours(monkeypatch, tmp_path):
     corpus = data.load("text.txt", "bpe", 265)
     assert corpus.tokenizer.vocab_size == 265 and corpus.meta["bytes_per_token"] > 1.1
     assert (corpus.train[:9] != ours.train[:9]).any()
+    # By a name of its own, too.
+    assert data.load("text.txt", "characters", 265).meta["merges"] == corpus.meta["merges"]
     assert corpus.tokenizer.decode(corpus.train) == data.load("text.txt").train.tobytes()
     done = here(tmp_path, "train_ar.py", "--data", "text.txt", "--tokenizer", "bpe", "--vocab", 265,
                 "--context", 64, "--width", 16, "--flops", 5e8, "--out", "toy")

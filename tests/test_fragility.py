@@ -535,6 +535,8 @@ def test_runs_of_different_text_or_context_are_not_mixed(tmp_path, monkeypatch, 
         (folder / "checkpoint.pt").touch()
     best = segmentation.best_runs(folders, None)
     assert [folder.name for _, folder in best] == ["a", "better"]
+    alone = segmentation.best_runs(folders[1:], None, objectives=("mdm",))
+    assert [folder.name for _, folder in alone] == ["better"]
     results["a"][key] = value
     with pytest.raises(InputError, match="different text or context"):
         segmentation.best_runs(folders, None)

@@ -195,6 +195,13 @@ def test_every_order_keeps_the_prompt_and_leaves_no_mask(order, prompt, length, 
         assert len(texts) == min(steps, length)
 
 
+@pytest.mark.parametrize("context, patch", [(8, 8), (1, 1)])
+def test_a_context_of_one_patch_is_written_patch_by_patch(context, patch):
+    model = random_model(causal=False, vocab_size=5, context=context, patch=patch)
+    *_, text = sample.diffuse(model, torch.zeros(1, 0, dtype=torch.long), 16, 4)
+    assert text.shape == (1, 16) and (text < 5).all()
+
+
 @torch.no_grad()
 def test_order_confident_fills_the_most_likely_token_first():
     model = random_model(causal=False)

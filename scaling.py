@@ -134,17 +134,17 @@ def reached(gap):
     return np.isfinite(gap.G).mean(axis=0) > 0.95
 
 
-def trend_of(gap, lowest):
+def trend_of(gap, lowest, counted):
     """Return the trend of log10 G a decade from a budget on (S,), or None below two budgets.
 
-    Only budgets that are reached count: elsewhere the bound, top / C, cuts off one side of the
-    noise. The few samples that are left with an infinite G take the bound.
+    counted (K,): the budgets that count. Samples with an infinite G take the bound, top / C, which
+    cuts off one side of the noise.
     """
-    solid = reached(gap) & (gap.budgets >= lowest)
-    if solid.sum() < 2:
+    counted = counted & (gap.budgets >= lowest)
+    if counted.sum() < 2:
         return None
-    C = gap.budgets[solid]
-    return laws.trend(C, np.minimum(gap.G[:, solid], gap.top / C))
+    C = gap.budgets[counted]
+    return laws.trend(C, np.minimum(gap.G[:, counted], gap.top / C))
 
 
 def flops_per_byte(one, log_n):
@@ -309,14 +309,18 @@ def report_gaps(found, gaps):
                 factors.append([objective.upper(), exact(budget),
                                 *(f"{part:.3g}" for part in (gap.G[0, k], *parts))])
         for lowest in gap.budgets[:2]:
-            values = trend_of(gap, lowest)
-            if values is not None:
-                trends.append([objective.upper(), exact(lowest), signed(values)])
+            both = [trend_of(gap, lowest, counted)
+                    for counted in (reached(gap), np.isfinite(gap.G[0]))]
+            if both[1] is not None:
+                trends.append([objective.upper(), exact(lowest),
+                               *("" if one is None else signed(one) for one in both)])
     print_table("The gap of bytes without a law, from IsoFLOP minima with one curvature a "
                 f"configuration; [90% of {laws.SAMPLES} samples of residuals]",
                 ["objective", "FLOPs of BPE", "bits per byte lost", "G"], rows)
     if trends:
-        print_table("Trend of log10 G a decade", ["objective", "from", "trend [90%]"], trends)
+        print_table("Trend of log10 G a decade", [
+            "objective", "from", "budgets where 95% of the samples have a G [90%]",
+            "budgets with a G [90%]"], trends)
     if factors:
         print_table("G taken apart: G = FLOPs per byte at equal size x larger model x more text",
                     ["objective", "FLOPs of BPE", "G", "FLOPs per byte", "larger model",
@@ -664,6 +668,7 @@ def main():
         report_entropies(laws_found)
         report_extrapolations(laws_found, sorted({row["flops_budget"] for row in used}))
         report_predictions(made)
+    if laws_found:
         report_residuals(found, laws_found)
     plot(args.out, used, found, gaps, laws_found, made, baselines)
     if failed:

@@ -66,6 +66,7 @@ def analyse(rows):
     """Return {(configuration, remedy, budget): the lowest loss, first as measured, then samples}.
 
     A remedy counts at budgets at which it has three widths or more, and plain runs at the same.
+    Also return the set of those whose minimum is not within their widths.
     """
     groups = {}
     for row in sorted(rows, key=sweep.settings_of):
@@ -75,7 +76,7 @@ def analyse(rows):
     groups = {key: group for key, group in groups.items()
               if len({row["width"] for row in group}) >= 3}
     budgets = {budget for _, name, budget in groups if name != PLAIN}
-    found = {}
+    found, outside = {}, set()
     for seed, configuration in enumerate(CONFIGURATIONS):
         own = [(row, name) for (owner, name, budget), group in groups.items()
                if owner == configuration and budget in budgets for row in group]
@@ -88,10 +89,14 @@ def analyse(rows):
         samples = laws.resample(C, N, L, seed, kinds)
         if samples is None:
             continue
-        minima = laws.pooled_minima(C, N, samples, kinds)[0]
-        for kind, budget, losses in zip(*laws.cells(C, kinds)[0], minima.T, strict=True):
-            found[configuration, names[int(kind)], budget] = losses
-    return found
+        minima, best, _, _ = laws.pooled_minima(C, N, samples, kinds)
+        for k, (kind, budget) in enumerate(laws.cells(C, kinds)[0].T):
+            key = configuration, names[int(kind)], budget
+            found[key] = minima[:, k]
+            sizes = np.log(N[(kinds == kind) & (C == budget)])
+            if not sizes.min() < best[0, k] < sizes.max():
+                outside.add(key)
+    return found, outside
 
 
 def lost(found, objective, names, budget):
@@ -101,7 +106,7 @@ def lost(found, objective, names, budget):
     return None if byte is None or bpe is None else byte - bpe
 
 
-def report(found):
+def report(found, outside):
     """Print what each remedy wins, and what bytes lose with and without remedies."""
     lines = []
     for (configuration, name, budget), losses in found.items():
@@ -112,9 +117,10 @@ def report(found):
             gap = lost(found, configuration[0], (PLAIN, PLAIN), budget)
             if configuration[1] == "byte" and gap is not None:
                 share = "{:.0f} [{:.0f}, {:.0f}] %".format(*with_ends(100 * (plain - losses) / gap))
-        lines.append([CONFIGURATIONS[configuration], name, exact(budget), f"{losses[0]:.3f}", won,
-                      share])
-    scaling.print_table("What each remedy wins [90%]", [
+        mark = " (outside)" if (configuration, name, budget) in outside else ""
+        lines.append([CONFIGURATIONS[configuration], name, exact(budget), f"{losses[0]:.3f}{mark}",
+                      won, share])
+    scaling.print_table("What each remedy wins [90%]; outside: of the widths that were trained", [
         "configuration", "remedy", "FLOPs", "bits per byte", "bits won",
         "share of what plain bytes lose"], lines)
 
@@ -218,11 +224,11 @@ def study(args):
     sweep.check_alike(rows, path)
     if args.budgets:
         rows = [row for row in rows if row["flops_budget"] in args.budgets]
-    found = analyse(rows)
+    found, outside = analyse(rows)
     if not found:
         raise InputError(f"{path} has too few runs: each remedy needs three widths, and "
                          f"{args.out / 'runs.csv'} the plain ones")
-    report(found)
+    report(found, outside)
     draw(args.out / "remedies.png", found, rows[0]["context_bytes"])
     if any(sweep.find(spec, rows) is None for spec in specs):
         sys.exit(2)

@@ -491,7 +491,7 @@ def planted_remedies(noise):
 
 
 def test_planted_remedies_are_recovered_with_their_share_of_the_gap():
-    found = remedies.analyse(planted_remedies(noise=0))
+    found, outside = remedies.analyse(planted_remedies(noise=0))
     byte = "mdm", "byte"
     assert found[byte, "patch 4", 3e12][0] == pytest.approx(3.0)
     gap = remedies.lost(found, "mdm", ("plain", "plain"), 3e12)[0]
@@ -501,9 +501,18 @@ def test_planted_remedies_are_recovered_with_their_share_of_the_gap():
     assert remedies.lost(found, "mdm", ("convolution", "convolution"), 3e12)[0] \
         == pytest.approx(0.6)
     assert remedies.lost(found, "mdm", ("bell", "bell"), 3e12) is None
-    noisy = remedies.analyse(planted_remedies(noise=0.02))
+    assert outside == set()
+    noisy, _ = remedies.analyse(planted_remedies(noise=0.02))
     low, high = np.quantile(noisy[byte, "convolution", 3e12][1:], (0.05, 0.95))
     assert 3.0 < low < 3.1 < high < 3.2
+
+
+def test_a_minimum_outside_of_the_widths_is_marked():
+    rows = planted_remedies(noise=0)
+    for row in rows:
+        if row["patch"] == 4:
+            row["val_bpb"] = 3.0 + 0.05 * np.log(row["params_non_embedding"] / 3e6) ** 2
+    assert remedies.analyse(rows)[1] == {(("mdm", "byte"), "patch 4", 3e12)}
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -59,6 +59,11 @@ def pooled_minima(C, N, Y, kinds=None):
     return minima, x0 + best, c[:, 0], coefficients @ X.T
 
 
+def is_outside(log_n, N):
+    """Return whether ln N* is not between the smallest and the largest of the sizes N (n,)."""
+    return not np.log(N.min()) < log_n < np.log(N.max())
+
+
 def resample(C, N, L, seed, kinds=None, count=SAMPLES):
     """Return losses (1 + count, n): L (n,) as measured, then samples of it.
 

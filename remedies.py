@@ -93,8 +93,7 @@ def analyse(rows):
         for k, (kind, budget) in enumerate(laws.cells(C, kinds)[0].T):
             key = configuration, names[int(kind)], budget
             found[key] = minima[:, k]
-            sizes = np.log(N[(kinds == kind) & (C == budget)])
-            if not sizes.min() < best[0, k] < sizes.max():
+            if laws.is_outside(best[0, k], N[(kinds == kind) & (C == budget)]):
                 outside.add(key)
     return found, outside
 

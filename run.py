@@ -1,7 +1,7 @@
 """What every run needs besides its objective: flags, processes, the plan, the log, resuming.
 
-A run lives in a folder: checkpoint.pt and log.csv from its start, result.json and loss.png from its
-end.
+A run lives in a folder: checkpoint.pt and log.csv from its start, and at its end result.json and
+loss.png.
 """
 import argparse
 import contextlib

@@ -345,8 +345,7 @@ def report_minima(found):
     for key, one in found.items():
         cells = dict.fromkeys(budgets, "")
         for k, budget in enumerate(one.budgets):
-            N = one.N[one.C == budget]
-            outside = not N.min() < math.exp(one.best[0, k]) < N.max()
+            outside = laws.is_outside(one.best[0, k], one.N[one.C == budget])
             mark = ("" if one.passed[k] else " *") + (" (outside)" if outside else "")
             cells[budget] = short(f"{one.minima[0, k]:.3f} ({math.exp(one.best[0, k]):.2g})") + mark
         rows.append([CONFIGURATIONS[key], *cells.values()])

@@ -169,10 +169,9 @@ def best_runs(folders, budgets, tokenizer="byte", objectives=tuple(READ)):
         if result is None or not (folder / "checkpoint.pt").exists():
             continue
         result = run.PLAIN | result
-        if unusual(result) or result["tokenizer"] != tokenizer:
-            continue
-        wanted = not budgets or result["flops_budget"] in budgets
-        if wanted and result["objective"] in objectives:
+        kind = result["tokenizer"] == tokenizer and result["objective"] in objectives
+        wanted = kind and not unusual(result)
+        if wanted and (not budgets or result["flops_budget"] in budgets):
             key = result["objective"], result["flops_budget"]
             if key not in best or result["val_bpb"] < best[key][0]["val_bpb"]:
                 best[key] = result, folder

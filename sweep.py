@@ -68,8 +68,8 @@ def batch_by_the_rule(objective, tokenizer, flops, context):
 def settings(configuration, flops, width, seed, args, corpora, **flags):
     """Return the settings of a run, a dict with the keys of SETTINGS, as its row will have them.
 
-    corpora: as load_corpora returns them. flags: those that differ from run.PLAIN, and
-    the rate, "lr", if it is not the rule's. Raises InputError if the budget pays for no step.
+    corpora: as load_corpora returns them. flags: those that differ from run.PLAIN, and the
+    rate, "lr", if it is not the rule's. Raises InputError if the budget pays for no step.
     """
     objective, tokenizer = configuration
     corpus = corpora[tokenizer]

@@ -420,7 +420,8 @@ def prepare(folder, key, write, *arguments):
             meta["files"] = {name: checksum(temporary / name) for name in ("train.bin", "val.bin")}
             (temporary / "meta.json").write_text(json.dumps(meta | {"seal": seal(meta)}))
             for path in temporary.iterdir():
-                with open(path, "rb") as file:
+                # Windows flushes only what is open for writing.
+                with open(path, "r+b") as file:
                     os.fsync(file.fileno())
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)

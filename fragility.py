@@ -221,13 +221,15 @@ def show_shuffle(rows, at):
 
     given, without = lost_with_phase(rows), lost_without_phase(unphased)
     tokens = {(row["tokenizer"], row["shuffle"]): tokens_in_block(row) for row in unphased}
-    curves = []
+    curves, of_bytes = [], []
     for key, label in CONFIGURATIONS.items():
         own = {tokens[key[1], block]: lost for block, lost in without[key].items()}
-        curves.append((f"{label}, with phase", given[key], "o-", COLORS[key]))
-        curves.append((f"{label}, without", own, "s--", COLORS[key]))
+        pair = [(f"{label}, with phase", given[key], "o-", COLORS[key]),
+                (f"{label}, without", own, "s--", COLORS[key])]
+        curves += pair
+        if key[1] == "byte":
+            of_bytes += pair
     if any(given.values()):
-        of_bytes = [curve for curve in curves if "bytes" in curve[0]]
         scaling.print_table(f"Bits per byte that a shuffle loses, {at} [90%: with phase, of seeds, "
                             "permutations and text; without, of the text alone]",
                             ["bytes in a block", *(label for label, *_ in of_bytes)],
@@ -286,7 +288,7 @@ def intervene(args):
         if odd := [length for length in lengths if args.context % length]:
             raise InputError(f"--context {args.context} is not divisible by {odd[0]}, a length "
                              f"that {args.study} needs")
-        args.budgets = args.budgets or [BUDGET[run.pick_device().type]]
+        args.budgets = args.budgets or [BUDGET[sweep.device_type()]]
         specs = plan(args, sweep.load_corpora(args))
     rows = sweep.train_missing(specs, path, args, Path("runs") / args.study)
     if args.dry_run:

@@ -197,8 +197,9 @@ def fit_law(N, D, L, loss="squares", delta=1e-3):
         fitted = surface_loss(law, N, D)
         r = np.log(L / fitted)
         r = np.where(np.abs(r) < 1e-9, 1e-9, r)
-        previous, law = law, weighted_law(
-            N, D, L, np.clip(r, -delta, delta) / (fitted**2 * np.expm1(r)))
+        weights = np.clip(r, -delta, delta) / (fitted**2 * np.expm1(r))
+        previous = law
+        law = weighted_law(N, D, L, weights)
         if np.allclose(law, previous, rtol=1e-6):
             break
     return dict(zip(NAMES, map(float, law), strict=True))
@@ -240,13 +241,13 @@ def profile_surfaces(N, D, Y, grid):
 
     The exponents are those of a grid. It is finer around those that are best for some E and sample.
     """
-    exponents = grid_of(EXPONENTS)                                                      # (G, 2)
+    coarse = grid_of(EXPONENTS)                                                         # (G, 2)
+    X, _ = power_terms(N, D, coarse)
+    _, best, _ = best_terms(X, Y, grid)
     nearby = np.exp(np.log(EXPONENTS[1] / EXPONENTS[0]) / 4 * grid_of(np.arange(-2, 3)))
-    for last in (False, True):
-        X, units = power_terms(N, D, exponents)
-        sse, best, AB = best_terms(X, Y, grid)
-        if not last:
-            exponents = (exponents[np.unique(best)][:, None] * nearby).reshape(-1, 2)
+    exponents = (coarse[np.unique(best)][:, None] * nearby).reshape(-1, 2)
+    X, units = power_terms(N, D, exponents)
+    sse, best, AB = best_terms(X, Y, grid)
     chosen = exponents[best]                                                            # (K, S, 2)
     E = np.broadcast_to(grid[:, None, None], (*sse.shape, 1))
     return sse, np.concatenate([E, AB * units**chosen, chosen], axis=-1)
@@ -293,7 +294,7 @@ def lack_of_fit(residuals, groups, numbers):
     groups: (n, 2), equal for replicates. Return (sd between replicates, their degrees of freedom,
     F, p), nan without replicates. p is how often chance alone has a larger F, by simulation.
     """
-    index = np.unique(groups, axis=0, return_inverse=True)[1].ravel()
+    index = np.unique(groups, axis=0, return_inverse=True)[1]
     means = np.bincount(index, residuals) / np.bincount(index)
     pure = ((residuals - means[index]) ** 2).sum()
     df, free = len(residuals) - len(means), len(means) - numbers

@@ -87,9 +87,8 @@ def study_order(args):
         sequences = data.Sequences(byte.val, T).spaced(ORDER_SEQUENCES)                 # (N, T)
         rows = []
         for result, folder in runs:
-            if result["objective"] == "mdm":
-                rows.append(order_row(result, folder, sequences, run.pick_device()))
-                print(f"read {folder}", flush=True)
+            rows.append(order_row(result, folder, sequences, run.pick_device()))
+            print(f"read {folder}", flush=True)
         args.out.mkdir(parents=True, exist_ok=True)
         run.write_csv(path, ORDER_COLUMNS, rows)
     rows = segmentation.read_table(path, ORDER_COLUMNS)
@@ -153,7 +152,7 @@ def read_bits(corpus, result, folder, device):
     ids = torch.from_numpy(corpus.val[at].astype(np.int64)).to(device)
     bits = sample.token_bits(model, ids.flatten(), MASKS).view(ids.shape).sum(dim=1)    # (N,)
     edges = np.append(0, corpus.tokenizer.bytes_per_id[corpus.val].cumsum())
-    return bits.double().cpu().numpy(), edges[at[:, 0]], edges[at[:, -1] + 1]
+    return bits.cpu().double().numpy(), edges[at[:, 0]], edges[at[:, -1] + 1]
 
 
 def bits_per_byte(bits, nbytes, chosen, resamples):
@@ -180,22 +179,22 @@ def repetition_rows(objective, pair, corpora, matches, device):
     about = [objective, pair[0][0]["flops_budget"], *(result["width"] for result, _ in pair)]
     rows, gap_of_all = [], None
     for length in (0, *LENGTHS):
-        values, counts = [], []
+        values, counts, spelled = [], [], []
         for bits, begin, end in read:
             chosen = np.ones(len(bits), dtype=bool)
             if length > 0:
                 chosen = without_match(begin, end, matches[length], length)
             values.append(bits_per_byte(bits, end - begin, chosen, resamples))
             counts.append(int(chosen.sum()))
-        # Of BPE, which was read last.
-        spelled = (end - begin)[chosen].sum() / max(1, counts[1] * pair[1][0]["context_tokens"])
+            spelled.append((end - begin)[chosen].sum())
+        bytes_per_token = spelled[1] / max(1, counts[1] * pair[1][0]["context_tokens"])
         gap = values[0] - values[1]
         if length == 0:
             gap_of_all = gap
         measured = []
         for value in (*values, gap, gap - gap_of_all):
             measured += segmentation.with_interval(value)
-        rows.append([*about, length, *counts, spelled, *measured])
+        rows.append([*about, length, *counts, bytes_per_token, *measured])
     return rows
 
 
@@ -310,8 +309,9 @@ def study_steps(args):
             model, settings, _ = run.load_model(folder, run.pick_device())
             result = run.read(folder / "result.json")
             ordered = settings["shuffle"] == 1 and settings["phase"] == 0
-            if result and settings["tokenizer"] == "byte" and ordered:
-                runs.append((settings | result, model))
+            if not (result and settings["tokenizer"] == "byte" and ordered):
+                raise InputError(f"{folder} is not a finished run on bytes in plain order")
+            runs.append((settings | result, model))
         judges = [one for one in runs if one[0]["objective"] == "ar"]
         if not judges or len(judges) == len(runs):
             raise InputError("--runs: name finished runs on bytes, an AR run (the judge) and MDM "

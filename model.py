@@ -38,7 +38,8 @@ class Config:
 
     def __post_init__(self):
         if min(self.vocab_size, self.context, self.width, self.patch) < 1 or self.conv < 0:
-            raise ValueError("vocabulary, context, width and patch are at least 1")
+            raise ValueError("vocabulary, context, width and patch are at least 1, and conv is "
+                             "not negative")
         if not 0 <= self.phase <= self.context:
             raise ValueError(f"--phase {self.phase} is not from 0 to the context, "
                              f"{self.context} tokens")
@@ -327,7 +328,7 @@ class KVCache:
 # -----------------------------------------------------------------------------------------------
 # The optimizer.
 
-def make_optimizer(model, weight_decay=0.1):
+def make_optimizer(model):
     """Return AdamW whose groups have learning rates lr x group["scale"]: one lr for all widths.
 
     Adam moves every weight equally far, so a matrix with fan-in D moves its output D times as far:
@@ -341,8 +342,8 @@ def make_optimizer(model, weight_decay=0.1):
                 if p.dim() == 2 and "embedding" not in name and name != "head.weight"]
     others = [p for p in named.values() if p.dim() != 2]
     groups = [
-        {"params": matrices, "scale": scale, "weight_decay": weight_decay},
-        {"params": [model.head.weight], "scale": 10 * scale, "weight_decay": weight_decay},
+        {"params": matrices, "scale": scale, "weight_decay": 0.1},
+        {"params": [model.head.weight], "scale": 10 * scale, "weight_decay": 0.1},
         {"params": embeddings, "scale": 10, "weight_decay": 0.0},
         {"params": others, "scale": 1, "weight_decay": 0.0},
     ]

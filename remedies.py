@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 import laws
-import run
 import scaling
 import sweep
 from run import InputError
@@ -214,7 +213,7 @@ def study(args):
     """Train the runs that remedies.csv lacks, print the tables, draw the figure."""
     path, specs = args.out / "remedies.csv", []
     if not args.plot_only:
-        args.budgets = args.budgets or BUDGETS[run.pick_device().type]
+        args.budgets = args.budgets or BUDGETS[sweep.device_type()]
         specs = plan(args, sweep.load_corpora(args))
     rows = sweep.train_missing(specs, path, args, Path("runs/remedies"))
     if args.dry_run:

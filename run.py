@@ -1,6 +1,6 @@
 """What every run needs besides its objective: flags, processes, the plan, the log, resuming.
 
-A run lives in a folder: checkpoint.pt and log.csv from its start, and at its end result.json and
+A run lives in a folder: checkpoint.pt and log.csv as it goes, and at its end result.json and
 loss.png.
 """
 import argparse
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -71,7 +72,8 @@ def run_script(main):
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        stop("error: out of memory: lower --micro (tokens in memory at once) or --width", 2)
+        stop("error: out of memory: in training, lower --micro (tokens in memory at once) or "
+             "--width", 2)
     if dist.is_initialized():
         # DDP must be gone before its process group, or it could wait for the group's threads.
         gc.collect()
@@ -163,6 +165,10 @@ def pick_device(name=None):
             print(f"note   nvidia-smi is here, but torch (for CUDA {torch.version.cuda}) finds no "
                   "GPU: is the driver too old for it? The CPU is used", file=sys.stderr)
     if name == "cuda" and "LOCAL_RANK" in os.environ:
+        # All processes compare, since only the first one prints what is wrong.
+        wanted, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if 0 < found < wanted:
+            raise InputError(f"--nproc_per_node={wanted}: this machine has {found} GPUs")
         # Before any tensor is made, or all ranks would open the first GPU.
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -324,12 +330,18 @@ def describe(objective, args, corpus, config, batch, steps, options):
         "corpus": {key: corpus.meta[key] for key in keys}} | options
     # The default folder is named by the settings, those aside that are as usual.
     usual = {"vocab": 4096, "context": 512, "batch": None, "lr": args.tuned_lr} | PLAIN
-    name = f"{objective}-{args.tokenizer}-w{config.width}-c{args.flops:g}-s{args.seed}"
+    flops = short(f"{args.flops:g}")
+    name = f"{objective}-{args.tokenizer}-w{config.width}-c{flops}-s{args.seed}"
     for key, value in usual.items():
         if getattr(args, key, value) != value:
             name += f"-{key}{getattr(args, key)}"
     name += "" if args.data == "pysrc" else f"-{corpus.name}"
-    return settings, args.out or Path("runs") / name.replace("e+0", "e").replace("e+", "e")
+    return settings, args.out or Path("runs") / name
+
+
+def short(text):
+    """Return text without the signs and zeros that Python writes into exponents: "1e4"."""
+    return re.sub(r"e\+0*", "e", text)
 
 
 def duration(seconds):
@@ -354,7 +366,7 @@ def print_plan(settings, model, done, seconds_per_step, out):
           f"time   about {duration(seconds)} at {speed / 1e9:,.0f} GFLOP/s, into {out}", flush=True)
     if seconds > 3 * 86400:
         print(f"note   this budget is for a larger machine: what this one does in an hour is "
-              f"--flops {speed * 3600:.0e}", flush=True)
+              f"--flops {short(f'{speed * 3600:.0e}')}", flush=True)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     for note in notes(s, epochs, model.head.weight.device, model.bf16, world_size):
         print(f"note   {note}", flush=True)
@@ -367,7 +379,7 @@ def notes(settings, epochs, device, bf16, world_size):
         found.append("text that is read more than 4 times teaches little (arXiv 2305.16264): "
                      f"--data {choose_data('c4', flops)} holds enough for this budget")
     if flops > TUNED_UP_TO:
-        tuned = f"{TUNED_UP_TO:g}".replace("+", "")
+        tuned = short(f"{TUNED_UP_TO:g}")
         found.append(f"beyond {tuned} FLOPs the rules for width, batch and learning rate are "
                      "extrapolated: they were never tuned there")
     if device.type == "cuda" and not bf16:
@@ -449,7 +461,8 @@ def write_atomic(path, write):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        # Windows flushes only what is open for writing.
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -499,6 +512,9 @@ def read(path, settings=None):
     for key, value in (settings or {}).items():
         # Older runs lack some flags.
         own = had.get(key, PLAIN.get(key))
+        if own != value and key == "corpus":
+            raise InputError(f"{path} is of another text: {value['name']} is not what it was, or "
+                             "--data names another; delete it, or change --out")
         if own != value:
             raise InputError(f"{path} belongs to another run: its {key} is {own}, not {value}; "
                              "delete it, or change --out")

@@ -67,7 +67,9 @@ def generate(model, ids, length, **options):
         # The tokens that its patch has already.
         place = text.size(1) % P
         if text.size(1) >= context:
-            text, cache = text[:, text.size(1) - place - context // 2 // P * P:], None
+            # In whole patches, and what there is of the one that is being written.
+            kept = context // 2 // P * P + place
+            text, cache = text[:, text.size(1) - kept:], None
         whole = text.size(1) - place
         if cache is None:
             cache = KVCache(model, len(ids))
@@ -380,10 +382,10 @@ def parse_arguments():
     task.add_argument("--infill", metavar="TEXT", help="MDM: fill its gaps, each ___ or longer")
     task.add_argument("--score", metavar="FILE", help="the bits of each byte of a file (-: stdin)")
     args = parser.parse_args()
-    for name, value in vars(args).items():
-        unused = args.score is not None and name not in ("run", "score", "device")
-        if unused and value != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')} does not go with --score")
+    if args.score is not None:
+        for name in sorted(vars(args).keys() - {"run", "score", "device"}):
+            if getattr(args, name) != parser.get_default(name):
+                raise InputError(f"--{name.replace('_', '-')} does not go with --score")
     if args.infill is not None and (args.length or args.order == "blocks"):
         raise InputError("--length and --order blocks do not go with --infill")
     return args

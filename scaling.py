@@ -16,14 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 
 import laws
 import run
 import sweep
 from model import Config, flops_per_token
-from run import InputError
-from sweep import CONFIGURATIONS, TRAIN, exact, short
+from run import InputError, short
+from sweep import CONFIGURATIONS, TRAIN, exact
 
 fit_law = laws.fit_law
 # Okabe and Ito's colours, which all eyes can tell apart.
@@ -278,7 +277,7 @@ def interval(values, digits=3, far="never"):
     def text(value):
         if np.isinf(value):
             return far
-        return short(f"{value:.0e}") if value >= 1e4 else f"{value:#.{digits}g}".rstrip(".")
+        return short(f"{value:.0e}" if value >= 1e4 else f"{value:#.{digits}g}".rstrip("."))
     return "{} [{}, {}]".format(*map(text, with_ends(values)))
 
 
@@ -517,7 +516,7 @@ def error_bars(values):
 def paint_gap(axes, gaps):
     bits, compute = axes[0]
     for shift, (objective, gap) in zip((0.96, 1.04), gaps.items(), strict=False):
-        style = dict(color=COLORS[objective, "byte"], capsize=3, label=f"{objective.upper()}")
+        style = dict(color=COLORS[objective, "byte"], capsize=3, label=objective.upper())
         x = gap.budgets * shift
         bits.errorbar(x, gap.bits[0], error_bars(gap.bits), fmt="o-", **style)
         G = np.minimum(gap.G, gap.top / gap.budgets)                                    # (S, K)
@@ -628,8 +627,7 @@ def main():
     args = sweep.study_arguments(__doc__).parse_args()
     path, specs = args.out / "runs.csv", []
     if not args.plot_only:
-        cuda, mps = torch.cuda.device_count() > 0, torch.backends.mps.is_available()
-        args.budgets = args.budgets or BUDGETS["cuda" if cuda else "mps" if mps else "cpu"]
+        args.budgets = args.budgets or BUDGETS[sweep.device_type()]
         specs = plan(args, sweep.load_corpora(args))
     rows = sweep.train_missing(specs, path, args, Path("runs/gap"))
     if args.dry_run:

@@ -178,8 +178,8 @@ def best_runs(folders, budgets, tokenizer="byte", objectives=tuple(READ)):
     for objective in objectives:
         if objective not in {key[0] for key in best}:
             raise InputError(f"there is no finished {tokenizer} run of {objective} with a "
-                             "checkpoint: train some (python scaling.py), or name their folders "
-                             "with --runs")
+                             "checkpoint and plain flags: train some (python scaling.py), or name "
+                             "their folders with --runs")
     check_one_text(best.values())
     return [best[key] for key in sorted(best)]
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -24,7 +25,7 @@ import data
 import run
 import train_ar
 import train_mdm
-from model import Config, flops_per_token
+from model import flops_per_token
 from run import InputError
 
 TRAIN = {"ar": train_ar, "mdm": train_mdm}
@@ -59,6 +60,12 @@ def bracket(objective, flops, count=4):
     return sorted(nearest[:count])
 
 
+def device_type():
+    """Return where runs will be trained: cuda, mps or cpu. No GPU is opened: that is for them."""
+    cuda, mps = torch.cuda.device_count() > 0, torch.backends.mps.is_available()
+    return "cuda" if cuda else "mps" if mps else "cpu"
+
+
 def batch_by_the_rule(objective, tokenizer, flops, context):
     """Return the tokens in a batch of whole sequences of a context, in tokens."""
     tokens = TRAIN[objective].batch_tokens(flops, tokenizer)
@@ -80,8 +87,8 @@ def settings(configuration, flops, width, seed, args, corpora, **flags):
     elif flags["patch"] > 1:
         # A patch is masked whole.
         flags["span"] = flags["patch"]
-    config = Config(corpus.tokenizer.vocab_size, tokens, width, objective == "ar", flags["conv"],
-                    flags["patch"], flags["phase"])
+    config = run.make_config(SimpleNamespace(**flags), objective, corpus.tokenizer.vocab_size,
+                             tokens, width)
     batch_tokens = batch_by_the_rule(objective, tokenizer, flops, tokens)
     if flops < flops_per_token(config) * batch_tokens:
         raise InputError(f"{exact(flops)} FLOPs do not pay for one step of "
@@ -125,14 +132,9 @@ def load_corpora(args):
     return corpora
 
 
-def short(text):
-    """Return a number without the signs and zeros that Python writes into exponents: "1e4"."""
-    return re.sub(r"e\+0*", "e", text)
-
-
 def exact(number):
     """Return the shortest text that reads back as this number: "1e12"."""
-    return short(f"{number:g}" if float(f"{number:g}") == number else repr(number))
+    return run.short(f"{number:g}" if float(f"{number:g}") == number else repr(number))
 
 
 def unusual(spec):

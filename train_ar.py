@@ -20,8 +20,9 @@ import run
 from model import Transformer, flops_per_token, make_optimizer
 
 OBJECTIVE = "ar"
-# Tuned at 1e12 FLOPs and width 32 (results/README.md). One learning rate serves all widths.
+# About the best width at 1e12 FLOPs. run.default_width starts from it.
 WIDTH = 32
+# Tuned at 1e12 FLOPs and width 32 (results/README.md). One learning rate serves all widths.
 BATCH = {"byte": 512, "bpe": 2048}                        # tokens
 LEARNING_RATE = {"byte": 0.003, "bpe": 0.012}
 VAL_BYTES = 2**20                                         # of validation text, for the final BPB
@@ -80,7 +81,7 @@ def evaluate(model, sequences, bytes_per_id):
 # Training.
 
 def lr_schedule(step, steps):
-    """Return the fraction of the peak rate: linear warmup (5% of the steps), then cosine to 10%."""
+    """Return the fraction of the peak rate: a cosine from 1 to 10%, times a linear warmup (5%)."""
     warmup = max(1, round(0.05 * steps))
     return min(1, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 

@@ -22,8 +22,9 @@ import run
 from model import Transformer, flops_per_token, make_optimizer
 
 OBJECTIVE = "mdm"
-# Tuned at 1e12 FLOPs and width 32 (results/README.md). One learning rate serves all widths.
+# About the best width at 1e12 FLOPs. run.default_width starts from it.
 WIDTH = 22
+# Tuned at 1e12 FLOPs and width 32 (results/README.md). One learning rate serves all widths.
 BATCH = {"byte": 512, "bpe": 320}                         # tokens
 LEARNING_RATE = {"byte": 0.0015, "bpe": 0.0015}
 VAL_BYTES = 2**20                                         # of validation text, for the final BPB
@@ -31,7 +32,7 @@ VAL_BYTES = 2**20                                         # of validation text, 
 
 def batch_tokens(flops, tokenizer):
     """Return the tokens in a batch: for bytes it grows only beyond the budgets of the study."""
-    growth = max(1, flops / 3e14) if tokenizer == "byte" else flops / 1e12
+    growth = max(1, flops / run.TUNED_UP_TO) if tokenizer == "byte" else flops / 1e12
     return BATCH[tokenizer] * growth**0.3
 
 
@@ -134,7 +135,7 @@ def evaluate(model, sequences, bytes_per_id, span=1, seed=0):
 # Training.
 
 def lr_schedule(step, steps):
-    """Return the fraction of the peak rate: linear warmup (5% of the steps), then cosine to 10%."""
+    """Return the fraction of the peak rate: a cosine from 1 to 10%, times a linear warmup (5%)."""
     warmup = max(1, round(0.05 * steps))
     return min(1, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 

@@ -427,13 +427,18 @@ def test_studies_end_to_end(workplace, monkeypatch):
     assert here(workplace, "fragility.py", *flags, "--dry-run").stdout == ""
 
     folders = sorted((workplace / "runs" / "shuffle").iterdir())
+    plain = [folder for folder in folders if re.search("-byte-.*-s0-text$", folder.name)]
     flags = (*TINY, "--out", "why")
+    refused = here(workplace, "fragility.py", "steps", *flags, "--runs", *folders)
+    assert_one_line(refused, "is not a finished run on bytes in plain order")
     monkeypatch.setattr(likelihood, "LENGTHS", (32,))
     monkeypatch.setattr(likelihood, "ROUNDS", 1)
     for study, words in (("segmentation", segmentation.READINGS.values()), ("order", ["5e8"]),
                          ("repetition", ["AR, 5e8", "MDM, 5e8"]),
                          ("steps", ["MDM, 5e8 | 32", "MDM, 5e8 | 64", "AR, 5e8 | 64"])):
-        done = here(workplace, "fragility.py", study, *flags, "--runs", *folders)
+        # The others choose from all that are named.
+        named = plain if study == "steps" else folders
+        done = here(workplace, "fragility.py", study, *flags, "--runs", *named)
         assert done.returncode == 0, done.stderr
         assert all(f"| {word} |" in done.stdout for word in words), done.stdout
         shown = here(workplace, "fragility.py", study, *flags, "--plot-only")
@@ -521,6 +526,7 @@ def test_a_minimum_outside_of_the_widths_is_marked():
     (("span", "--plot-only", "--out", "nowhere"), "no finished run"),
     (("shuffle", *TINY, "--controls", 5), "64 is not divisible by 5"),
     (("span", *TINY, "--controls", 1), "controls"), (("remedies", "--controls", 4), "--controls"),
+    (("remedies", *TINY, "--context", 60, "--budgets", 1e9), "patches of 8 do not divide"),
     (("segmentation", *TINY, "--runs", "nowhere"), "no finished byte run"),
     (("segmentation", "--plot-only", "--out", "nowhere"), "segmentation.csv"),
     (("order", *TINY, "--runs", "nowhere"), "no finished byte run"),

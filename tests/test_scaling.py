@@ -128,6 +128,7 @@ def test_every_published_run_has_its_log_or_is_older():
 def test_intervals_in_words():
     assert scaling.interval(np.array([2.514, *np.linspace(2, 3, 101)])) == "2.51 [2.05, 2.95]"
     assert scaling.interval(np.array([12345.0, 1.0, np.inf])) == "1e4 [1.00, never]"
+    assert scaling.interval(np.array([1234.0, 999.6, 9999.0])) == "1.23e3 [1.00e3, 1.00e4]"
 
 
 def test_lines_that_are_no_result_are_named_and_left_out(lowest_budget, table):

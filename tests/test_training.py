@@ -213,6 +213,24 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch, capsys):
     assert run.pick_device().type == "cpu" and capsys.readouterr().err == ""
 
 
+def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    # The first has a GPU. It is the one that prints.
+    for rank in ("0", "7"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(run.InputError, match="--nproc_per_node=8: this machine has 4 GPUs"):
+            run.pick_device()
+
+
+def test_a_text_that_has_changed_is_named(tmp_path):
+    result = {"val_bpb": 2.0, "steps": 9, "corpus": {"name": "pysrc", "sha256": "old"}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(run.InputError, match="is of another text: pysrc is not what it was"):
+        run.read(tmp_path / "result.json", {"corpus": {"name": "pysrc", "sha256": "new"}})
+
+
 def test_the_script_for_the_first_gpu_works(workplace):
     done = here(workplace, "gpu.py", "--device", "cpu")
     assert done.returncode == 0 and done.stdout.endswith("all as it should be\n"), done.stdout
@@ -557,7 +575,7 @@ def test_memory_that_runs_out_while_compiling_is_not_a_lack_of_a_compiler(workpl
     monkeypatch.setattr(torch, "compile", lambda net, dynamic: Full())
     monkeypatch.setitem(run.COMPILE_FROM, "cpu", 0)
     done = train(workplace, "ar", "too-full", "--flops", 2e9)
-    assert_one_line(done, "out of memory: lower --micro")
+    assert_one_line(done, "out of memory: in training, lower --micro")
 
 
 def test_compiled_training_is_one_graph_and_the_same_training(workplace):

@@ -64,7 +64,8 @@ def remedy_of(row):
 def analyse(rows):
     """Return {(configuration, remedy, budget): the lowest loss, first as measured, then samples}.
 
-    A remedy counts at budgets at which it has three widths or more, and plain runs at the same.
+    A remedy counts at budgets at which it has three widths or more, and plain runs at those of the
+    remedies of their objective.
     Also return the set of those whose minimum is not within their widths.
     """
     groups = {}
@@ -74,11 +75,11 @@ def analyse(rows):
             groups.setdefault(key, []).append(row)
     groups = {key: group for key, group in groups.items()
               if len({row["width"] for row in group}) >= 3}
-    budgets = {budget for _, name, budget in groups if name != PLAIN}
+    budgets = {(owner[0], budget) for owner, name, budget in groups if name != PLAIN}
     found, outside = {}, set()
     for seed, configuration in enumerate(CONFIGURATIONS):
         own = [(row, name) for (owner, name, budget), group in groups.items()
-               if owner == configuration and budget in budgets for row in group]
+               if owner == configuration and (owner[0], budget) in budgets for row in group]
         if not own:
             continue
         names = list(dict.fromkeys(name for _, name in own))

@@ -378,7 +378,7 @@ def test_the_documents_hold_the_tables_of_remedies_and_the_shares_won_back(tmp_p
     report = (ROOT / "results/README.md").read_text().splitlines()
     assert len(tables) > 30 and [line for line in tables if line not in report] == []
     shares = re.findall(r"(\d+)% (\[\d+, \d+\])", (ROOT / "README.md").read_text())
-    assert len(shares) == 4
+    assert len(shares) == 5
     assert all(f"{share} {interval} %" in shown.stdout for share, interval in shares)
     assert (tmp_path / "remedies.png").read_bytes().startswith(b"\x89PNG")
 

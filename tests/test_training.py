@@ -645,7 +645,7 @@ def test_a_budget_for_a_larger_machine_is_called_so(workplace):
     _, stderr = running.communicate(timeout=60)
     assert running.returncode == 130 and "Traceback" not in stderr
     assert re.search(r"about [\d,.]+ hours", lines[3])
-    assert lines[4].startswith("note") and re.search(r"--flops \de\+1\d", lines[4])
+    assert lines[4].startswith("note") and re.search(r"--flops \de1\d", lines[4])
 
 
 # -----------------------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def intervene(args):
         if odd := [length for length in lengths if args.context % length]:
             raise InputError(f"--context {args.context} is not divisible by {odd[0]}, a length "
                              f"that {args.study} needs")
-        args.budgets = args.budgets or [BUDGET[sweep.device_type()]]
+        args.budgets = args.budgets or [BUDGET[run.best_device()]]
         specs = plan(args, sweep.load_corpora(args))
     rows = sweep.train_missing(specs, path, args, Path("runs") / args.study)
     if args.dry_run:

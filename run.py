@@ -153,11 +153,16 @@ def arguments(doc):
     return parser
 
 
+def best_device():
+    """Return the name of the best device here: cuda, mps or cpu. It is not opened."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return "cuda" if cuda else "mps" if mps else "cpu"
+
+
 def pick_device(name=None):
     """Return the torch.device of this name, or the best there is. Raise InputError if none is."""
     if name is None:
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        name = "cuda" if cuda else "mps" if mps else "cpu"
+        name = best_device()
         # An empty CUDA_VISIBLE_DEVICES hides a GPU on purpose.
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
         first = os.environ.get("RANK", "0") == "0"
@@ -365,8 +370,9 @@ def print_plan(settings, model, done, seconds_per_step, out):
           f"steps  {s['steps']:,} of {s['batch_tokens']:,} tokens{resumed}\n"
           f"time   about {duration(seconds)} at {speed / 1e9:,.0f} GFLOP/s, into {out}", flush=True)
     if seconds > 3 * 86400:
-        print(f"note   this budget is for a larger machine: what this one does in an hour is "
-              f"--flops {short(f'{speed * 3600:.0e}')}", flush=True)
+        hour = short(f"{speed * 3600:.0e}")
+        print("note   this budget is for a larger machine: what this one does in an hour is "
+              f"--flops {hour}", flush=True)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     for note in notes(s, epochs, model.head.weight.device, model.bf16, world_size):
         print(f"note   {note}", flush=True)
@@ -512,12 +518,12 @@ def read(path, settings=None):
     for key, value in (settings or {}).items():
         # Older runs lack some flags.
         own = had.get(key, PLAIN.get(key))
-        if own != value and key == "corpus":
-            raise InputError(f"{path} is of another text: {value['name']} is not what it was, or "
-                             "--data names another; delete it, or change --out")
         if own != value:
-            raise InputError(f"{path} belongs to another run: its {key} is {own}, not {value}; "
-                             "delete it, or change --out")
+            what = f"belongs to another run: its {key} is {own}, not {value}"
+            if key == "corpus":
+                what = (f"is of another text: {value['name']} is not what it was, or --data names "
+                        "another")
+            raise InputError(f"{path} {what}; delete it, or change --out")
     return found
 
 

@@ -627,7 +627,7 @@ def main():
     args = sweep.study_arguments(__doc__).parse_args()
     path, specs = args.out / "runs.csv", []
     if not args.plot_only:
-        args.budgets = args.budgets or BUDGETS[sweep.device_type()]
+        args.budgets = args.budgets or BUDGETS[run.best_device()]
         specs = plan(args, sweep.load_corpora(args))
     rows = sweep.train_missing(specs, path, args, Path("runs/gap"))
     if args.dry_run:

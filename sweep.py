@@ -60,12 +60,6 @@ def bracket(objective, flops, count=4):
     return sorted(nearest[:count])
 
 
-def device_type():
-    """Return where runs will be trained: cuda, mps or cpu. No GPU is opened: that is for them."""
-    cuda, mps = torch.cuda.device_count() > 0, torch.backends.mps.is_available()
-    return "cuda" if cuda else "mps" if mps else "cpu"
-
-
 def batch_by_the_rule(objective, tokenizer, flops, context):
     """Return the tokens in a batch of whole sequences of a context, in tokens."""
     tokens = TRAIN[objective].batch_tokens(flops, tokenizer)

@@ -120,7 +120,7 @@ def hashes(text, length):
 def repeated(val, train, length):
     """Return where the strings of length bytes in val begin that occur in train, too.
 
-    val, train: (n,) of uint8 -> (n - length + 1,) bool. A false match has a chance of about 2^-40.
+    val, train: (n,) of uint8 -> (n - length + 1,) bool. A false match has a chance of about 2^-38.
     """
     wanted, index = np.unique(hashes(val, length), return_inverse=True)
     found = np.zeros(len(wanted), dtype=bool)

@@ -18,6 +18,7 @@ import importlib.util
 import io
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import re
@@ -194,14 +195,14 @@ def find_files(data):
         return data, files, True
     downloads = CACHE / "downloads" / data.partition(":")[0]
     if data in ARCHIVES:
-        url, size, sha256 = ARCHIVES[data]
-        if not (downloads / data).exists():
-            archive = fetch(url, downloads / f"{data}.zip")
-            with locked_cache():
-                # Unless another process has just done it.
-                if not (downloads / data).exists():
-                    unpack(archive, downloads / data, size, sha256)
-        return data, [downloads / data], False
+        url, *known = ARCHIVES[data]
+        archive, text = downloads / f"{data}.zip", downloads / data
+        with locked_cache():
+            if not text.exists():
+                if not archive.exists():
+                    receive(url, archive)
+                unpack(archive, text, *known)
+        return data, [text], False
     name, _, count = data.partition(":")
     if name in SHARDS:
         most, _, folder, shard = SHARDS[name]
@@ -344,14 +345,13 @@ def encode_file(tokenizer, path):
 
 def parts(path, size=2**24):
     """Yield (path, start, end) of parts of a file, cut after zero bytes, which no token crosses."""
-    stream, start = np.memmap(path, dtype=np.uint8, mode="r"), 0
-    while start < len(stream):
-        end = min(start + size, len(stream))
-        while end < len(stream) and stream[end - 1] != 0:
-            zeros = np.flatnonzero(stream[end:end + 2**16] == 0)
-            end = end + zeros[0] + 1 if len(zeros) else min(end + 2**16, len(stream))
-        yield path, start, int(end)
-        start = int(end)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        start = 0
+        while start < len(text):
+            # find returns -1 if no zero follows.
+            end = text.find(b"\0", start + size - 1) + 1 or len(text)
+            yield path, start, end
+            start = end
 
 
 def read_part(part):
@@ -525,8 +525,8 @@ def epoch_starts(seed, epoch, length, context):
 def permutation(block, index=0):
     """Return an order in which blocks of so many tokens are shuffled, the same for all: (block,).
 
-    index: which of the orders. Never the one that leaves all tokens where they are, unless
-    there is no other.
+    index: which of the orders; in short blocks two may be the same. Never the one that leaves all
+    tokens where they are, unless there is no other.
     """
     rng = np.random.default_rng((block, index))
     order = np.arange(block)

@@ -3,8 +3,9 @@
     python model.py [--vocab 256] [--context 512] [--widths 64 128]     # sizes and training speed
 
 A standard pre-norm Transformer: RMSNorm, rotary positions, SwiGLU, no biases. It is causal for AR
-and bidirectional for MDM; nothing else differs. Depth and heads follow from the width as in SMDM
-(arXiv 2410.18514): width 576 has 9 layers and 48M parameters without embeddings.
+and bidirectional for MDM; nothing else differs. Depth follows from the width as in SMDM (arXiv
+2410.18514): width 576 has 9 layers and 48M parameters without embeddings. So do heads from width
+256 on; narrower models have smaller ones (head_dim).
 
 One learning rate serves all widths (muP, arXiv 2203.03466, and CompleteP, arXiv 2505.01618). Three
 places see to it: Block (residual branches), Transformer (initialization), make_optimizer (rates).
@@ -227,7 +228,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Emulated, as before Ampere (T4, V100), it would be slower than float32.
+        # Older cards (T4, V100) emulate bfloat16, and that is slower than float32.
         self.bf16 = has_bf16()
         self.embedding = nn.Embedding(config.vocab_size + 1, config.width // config.patch)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))

@@ -179,7 +179,7 @@ def pick_device(name=None):
     try:
         device = torch.device(name)
         if device.type == "cuda" and torch.cuda.is_available():
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device.index or 0)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ValueError):
         raise InputError(f"--device {name}: there is no such device here") from None
@@ -199,6 +199,7 @@ def setup(args, learning_rates):
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     try:
+        # Now, not after minutes of preparing the data.
         Config(width=args.width or 64)
     except ValueError as error:
         raise InputError(f"--width: {error}") from None
@@ -311,8 +312,8 @@ def split_batch(args, batch, config, rank, world_size, device):
     size = math.ceil((last - first) / pieces)
     parts = []
     for start in range(first, last, size):
-        repeated = max(0, start + size - last)
-        parts.append((slice(start - repeated, start - repeated + size), repeated))
+        stop = min(start + size, last)
+        parts.append((slice(stop - size, stop), start + size - stop))
     return parts
 
 
@@ -361,7 +362,7 @@ def print_plan(settings, model, done, seconds_per_step, out):
     tokens = s["steps"] * s["batch_tokens"]
     epochs = tokens * corpus["bytes_per_token"] / corpus["train_bytes"]
     seconds = (s["steps"] - done) * seconds_per_step
-    speed = s["flops_budget"] / s["steps"] / seconds_per_step
+    speed = flops_per_token(model.config) * s["batch_tokens"] / seconds_per_step
     resumed = f", {done:,} of them done" if done else ""
     print(f"model  {s['objective']}, width {s['width']}, depth {s['depth']}: "
           f"{model.count_params(embedding=False):,} parameters without embeddings\n"
@@ -382,8 +383,9 @@ def notes(settings, epochs, device, bf16, world_size):
     """Return what a user should know about a run before it starts, a line each."""
     flops, found = settings["flops_budget"], []
     if epochs > 4:
+        enough = with_shards("c4", epochs * settings["corpus"]["train_bytes"])
         found.append("text that is read more than 4 times teaches little (arXiv 2305.16264): "
-                     f"--data {choose_data('c4', flops)} holds enough for this budget")
+                     f"--data {enough} holds enough for this run")
     if flops > TUNED_UP_TO:
         tuned = short(f"{TUNED_UP_TO:g}")
         found.append(f"beyond {tuned} FLOPs the rules for width, batch and learning rate are "
@@ -428,6 +430,7 @@ def wrap(model, args, micro_batches, device, world_size):
     size = rows.stop - rows.start
 
     def measure(net, count):
+        # Two tensors: compiled for one that is given twice, the model would be compiled again.
         ids = torch.zeros(2, count, model.config.context, dtype=torch.long, device=device)
         seconds = seconds_per_call(lambda: net(ids[0], ids[1]).sum().backward(), device)
         model.zero_grad()
@@ -585,6 +588,7 @@ class Log:
         self.state = {"step": 0, "bytes": 0, "seconds": 0.0, "rows": [], "row_count": 0}
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
+            # Kept, since the lock ends when its file is closed.
             self.locked = lock(out)
         if saved := read(out / "checkpoint.pt", settings):
             model.load_state_dict(saved["model"])

@@ -4,7 +4,7 @@
     python sample.py RUN_DIR --prompt "def add(a, b):" --samples 3 --temperature 0.8 --top-k 40
     python sample.py RUN_DIR --steps 64 --watch          # MDM: from all MASK to text in 64 steps
     python sample.py RUN_DIR --infill "def add(a, b):\\n    return ________"      # MDM only
-    python sample.py RUN_DIR --score FILE                # the bits of each byte of any file
+    python sample.py RUN_DIR --score FILE                # bits per byte of any file
 
 In --prompt and --infill, \\n is a line end and \\t a tab.
 """
@@ -39,7 +39,7 @@ PICTURES |= dict.fromkeys(range(127, 160), 0x2421)
 # Samplers. Logits and ids are on the model's device, as is the generator.
 
 def pick(logits, temperature=1.0, top_k=0, generator=None):
-    """Return ids sampled from logits (..., V): (...), int64.
+    """Return ids sampled from logits (B, ..., V): (B, ...), int64.
 
     Temperature 0 takes the most likely id; top_k keeps only the k most likely ids (0: all).
     """
@@ -136,8 +136,8 @@ def diffuse(model, ids, length, steps, order="random", block=BLOCK, **options):
 
     For MDM. What is not yet written is MASK. A text that fits into the context is filled as a
     whole. A longer text, or any text with order "blocks", is written in blocks from left to
-    right, each with its share of the steps, and at least half a context before it is visible
-    (if the text has as much). steps are those of a whole context.
+    right, and at least half a context before each is visible (if the text has as much). steps: of
+    the text, if it is filled as a whole; else of as many blocks as fill a context.
     """
     context, special_id, P = model.config.context, model.config.vocab_size, model.config.patch
     # Whole patches.
@@ -359,7 +359,7 @@ def newest_run(root):
 
 def temperature(text):
     """Return the number in text, for argparse. Logits divided by a tiny one would be infinite."""
-    return 0.0 if text in ("0", "0.0") else run.number(float, 0.001, 1000)(text)
+    return 0.0 if float(text) == 0 else run.number(float, 0.001, 1000)(text)
 
 
 def parse_arguments():
@@ -370,17 +370,19 @@ def parse_arguments():
     flag("--length", type=run.number(int, 1, 100_000), help="tokens (default: fill the context)")
     flag("--samples", type=run.number(int, 1, 256), default=1)
     flag("--temperature", type=temperature, default=1.0, help="0: always the most likely token")
-    flag("--top-k", type=run.number(int, 0, 2**31), default=0, help="of the k likeliest (0: all)")
+    flag("--top-k", type=run.number(int, 0, 2**31), default=0, help="only the k likeliest (0: all)")
     flag("--seed", type=run.number(int, 0, 2**63 - 1), default=0)
-    flag("--steps", type=run.number(int, 1, 100_000), help="MDM (default: one a token)")
+    flag("--steps", type=run.number(int, 1, 100_000),
+         help="MDM: steps to fill the text in (default: one a token)")
     flag("--order", choices=("random", "confident", "blocks"),
-         help="MDM: random (exact, the default), confident first, or blocks from left to right")
+         help="MDM: random (the default; exact at one token a step), confident first, or blocks "
+              "from left to right")
     flag("--watch", action="store_true", help="MDM: show the text as it is filled")
     flag("--device", help="cpu, cuda or mps (default: the best there is)")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     task.add_argument("--infill", metavar="TEXT", help="MDM: fill its gaps, each ___ or longer")
-    task.add_argument("--score", metavar="FILE", help="the bits of each byte of a file (-: stdin)")
+    task.add_argument("--score", metavar="FILE", help="bits per byte of a file (-: stdin)")
     args = parser.parse_args()
     if args.score is not None:
         for name in sorted(vars(args).keys() - {"run", "score", "device"}):

@@ -56,9 +56,10 @@ def corrupt(ids, special_id, generator, schedule="linear", span=1):
     """Return what the model reads of sequences ids (B, T), and the weight of each token's loss.
 
     The bound: mask each token with probability m(u), u ~ U(0, 1), and weigh the loss of the masked
-    tokens by m'(u) / m(u). Only k, the number of masked tokens, matters for the weight. So we draw
-    k as the schedule would, k = ceil(T m(u)), and use the mean of the weight given k, 1 / (k P(k)):
-    the same expectation, a smaller variance. With --span, spans of tokens take the place of tokens.
+    tokens by m'(u) / m(u). Averaged over u, the masks of k tokens have weight 1 / k in all, for
+    every schedule and every k. So k may be drawn with any P(k), if the weight is 1 / (k P(k)). We
+    draw k = ceil(T m(u)), near what the schedule masks: the same expectation, a smaller variance.
+    With --span, spans of tokens take the place of tokens.
     """
     B, T = ids.shape
     spans = T // span

@@ -375,13 +375,30 @@ def test_a_dead_mirror_is_named_with_another_way(server):
         data.load("c4:1")
 
 
+def archive(text):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as files:
+        files.writestr("../../escaped", text)
+    return packed.getvalue()
+
+
+def test_who_waits_for_an_archive_does_not_fetch_it_again(server, source_text, monkeypatch):
+    server.content, waiting, unpack = archive(source_text), [], data.unpack
+
+    def unpack_while_another_comes(*arguments):
+        if not waiting:
+            waiting.append(threading.Thread(target=data.find_files, args=["enwik8"]))
+            waiting[0].start()
+            waiting[0].join(timeout=1)
+        unpack(*arguments)
+    monkeypatch.setattr(data, "unpack", unpack_while_another_comes)
+    data.find_files("enwik8")
+    waiting[0].join()
+    assert len(server.asked) == 1 and not list(data.CACHE.rglob("*.zip"))
+
+
 @pytest.mark.parametrize("fault", ["", "damaged", "another text"])
 def test_an_archive_is_unpacked_and_checked(server, source_text, fault):
-    def archive(text):
-        packed = io.BytesIO()
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as files:
-            files.writestr("../../escaped", text)
-        return packed.getvalue()
     server.content = archive(source_text if fault != "another text" else b"x" * len(source_text))
     if fault == "damaged":
         middle = len(server.content) // 2

@@ -75,6 +75,7 @@ def test_the_first_token_has_the_probabilities_of_the_model():
 
 
 def test_temperature_and_top_k_reshape_the_distribution():
+    assert sample.temperature("0.00") == 0
     logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
     for options, exact in [({"temperature": 2.0}, (logits / 2).softmax(dim=0)),
                            ({"temperature": 0.5}, (logits / 0.5).softmax(dim=0)),
@@ -383,7 +384,8 @@ def test_bad_input_is_one_line(folder, call):
     for word, *arguments in [
             ("nowhere", "nowhere"), ("empty.txt", "--score", "empty.txt"),
             ("no such", "--score", "runs"), ("temperature", "--temperature", "1e-40"),
-            ("temperature", "--temperature", "nan"), ("samples", "--samples", "1e8"),
+            ("temperature", "--temperature", "nan"), ("temperature", "--temperature", "x"),
+            ("samples", "--samples", "1e8"),
             ("length", "--length", 10**12), ("seed", "--seed", 2**64), ("steps", "--steps", 0),
             ("top-k", "--top-k", -1), ("order", "--order", "x"), ("device", "--device", "x"),
             ("AR", ar, "--infill", "a___"), ("--steps", ar, "--steps", 9),

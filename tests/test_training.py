@@ -171,11 +171,13 @@ def test_without_a_network_a_large_budget_says_what_to_do(tmp_path, monkeypatch,
 
 def test_the_plan_notes_what_a_large_budget_should_know():
     def words(flops, epochs, kind="cpu", bf16=False, ranks=1):
-        settings = {"flops_budget": flops, "batch_tokens": 32256}
+        settings = {"flops_budget": flops, "batch_tokens": 32256, "corpus": {"train_bytes": 1e9}}
         return run.notes(settings, epochs, torch.device(kind), bf16, ranks)
     assert words(1e13, 3.9) == words(1e14, 0.1, "cuda", True, 2) == []
     (repeats,) = words(1e13, 4.1)
-    assert "arXiv 2305.16264" in repeats and "--data c4:1 " in repeats
+    assert "arXiv 2305.16264" in repeats and "--data c4:7 " in repeats
+    # The next note would be that it is repeated.
+    assert data.SHARDS["c4"][1] * 7 > 4.1e9
     (untuned,) = words(4e14, 1)
     assert "beyond 3e14 FLOPs" in untuned and "extrapolated" in untuned
     (old_card,) = words(1e14, 1, "cuda")
@@ -199,6 +201,21 @@ def test_a_card_without_bf16_of_its_own_takes_float32_and_a_smaller_budget(monke
     run.setup(args, train_ar.LEARNING_RATE)
     assert args.flops == (1e15 if native else 1e14) and args.data == "pysrc"
     assert model.Transformer(model.Config(width=16)).bf16 == native
+
+
+@pytest.mark.parametrize("name, index", [(None, 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_is_opened_by_its_number(monkeypatch, name, index):
+    opened = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", opened.append, raising=False)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
+    assert run.pick_device(name).type == "cuda" and opened == [index]
+
+
+def test_no_step_and_no_sample_mixes_two_devices(tmp_path):
+    done = execute(tmp_path, "tests/fake_device.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no two devices are mixed") == 6
 
 
 def test_a_driver_that_is_too_old_is_named(monkeypatch, capsys):

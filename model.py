@@ -228,7 +228,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Older cards (T4, V100) emulate bfloat16, and that is slower than float32.
+        # Older cards (T4) emulate bfloat16, and that is slower than float32.
         self.bf16 = has_bf16()
         self.embedding = nn.Embedding(config.vocab_size + 1, config.width // config.patch)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))

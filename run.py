@@ -31,7 +31,7 @@ from bpe import Tokenizer
 from data import InputError, fcntl, with_shards
 from model import Config, Transformer, flops_per_token, has_bf16, head_dim, seconds_per_call
 
-# A minute or two. A GPU without bfloat16 of its own (T4, V100) is several times slower.
+# A minute or two. A GPU without bfloat16 of its own (T4) is several times slower.
 DEFAULT_FLOPS = {"cpu": 3e12, "mps": 1e14, "cuda": 1e15, "cuda without bf16": 1e14}
 TUNED_UP_TO = 3e14                                                # FLOPs of the study's runs
 PYSRC_UP_TO = 1.5e15                                              # FLOPs that read it few times
@@ -155,7 +155,9 @@ def arguments(doc):
 
 def best_device():
     """Return the name of the best device here: cuda, mps or cpu. It is not opened."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    # An empty CUDA_VISIBLE_DEVICES hides the GPU of a Mac, too.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and not hidden
     return "cuda" if cuda else "mps" if mps else "cpu"
 
 
@@ -167,8 +169,11 @@ def pick_device(name=None):
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
         first = os.environ.get("RANK", "0") == "0"
         if name == "cpu" and first and not hidden and shutil.which("nvidia-smi"):
-            print(f"note   nvidia-smi is here, but torch (for CUDA {torch.version.cuda}) finds no "
-                  "GPU: is the driver too old for it? The CPU is used", file=sys.stderr)
+            build = "is built without CUDA"
+            if torch.version.cuda:
+                build = f"(for CUDA {torch.version.cuda}) finds no GPU: is its driver too old?"
+            print(f"note   nvidia-smi is here, but torch {build}. The CPU is used",
+                  file=sys.stderr)
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         # All processes compare, since only the first one prints what is wrong.
         wanted, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -181,8 +186,9 @@ def pick_device(name=None):
         if device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.set_device(device.index or 0)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError):
-        raise InputError(f"--device {name}: there is no such device here") from None
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--device {name} cannot be used here: {reason}") from None
     if device.type not in MICRO_TOKENS:
         raise InputError(f"--device {name}: take cpu, cuda or mps")
     return device
@@ -196,6 +202,8 @@ def setup(args, learning_rates):
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
+    if world_size > 1 and device.type == "mps":
+        raise InputError("several processes train on CUDA or on CPUs: add --device cpu")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     try:
@@ -415,10 +423,10 @@ def ahead(draw, steps, device):
 
 
 def to_device(device, *tensors):
-    """Return tensors on the device, without waiting for it."""
-    if device.type == "cuda":
-        tensors = [tensor.pin_memory() for tensor in tensors]
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+    """Return tensors on the device; a GPU's copies are not waited for."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 def wrap(model, args, micro_batches, device, world_size):

@@ -340,7 +340,9 @@ def sweep(specs, path, args, folder):
 
     Return a line for each run that failed. However this ends, no run is left behind.
     """
-    jobs = args.jobs or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // args.nproc)
+    # A Mac has one GPU.
+    gpus = torch.cuda.device_count() or int(run.best_device() == "mps")
+    jobs = args.jobs or max(1, (gpus or os.cpu_count() or 1) // args.nproc)
     waiting = sorted(specs, key=lambda spec: spec["flops_budget"])
     free, active, failures, done = list(range(jobs)), {}, [], 0
     try:
@@ -419,7 +421,7 @@ def study_arguments(doc):
          help="FLOPs (default: by device; with --plot-only: all that there are)")
     flag("--widths", type=run.number(int, 1, 65536), nargs="+", help="(default: around the best)")
     flag("--seeds", type=run.number(int, 0, 2**63 - 1), nargs="+", default=[0])
-    flag("--jobs", type=run.COUNT, help="runs at a time (default: one a core, or all GPUs)")
+    flag("--jobs", type=run.COUNT, help="runs at a time (default: one a GPU, or one a core)")
     flag("--nproc", type=run.COUNT, default=1, help="processes of a run, by torchrun")
     flag("--data", help="a corpus by name, or a file or folder (default: by the budgets)")
     flag("--vocab", type=run.number(int, 257, 65536), default=4096)

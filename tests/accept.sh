@@ -5,7 +5,7 @@
 #     bash tests/accept.sh 2      # the GPU trains like the CPU; the study at 1e14 and 1e15
 #     bash tests/accept.sh 3      # needs a network: the study at 1e16 on c4, and enwik8
 #
-# What it prints goes into runs/accept/N.txt too. A part that is cut off resumes where it was.
+# What it prints goes into runs/accept/N.txt too. Cut off, runs resume; tests/gpu.py begins anew.
 set -uo pipefail
 export PYTHONUNBUFFERED=1
 part=${1:-}
@@ -29,7 +29,7 @@ stop_and_resume() {
 part1() {
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
     say truth; timeout 200 python tests/gpu.py truth
-    say ddp; timeout 90 python tests/gpu.py ddp
+    say ddp; timeout 150 python tests/gpu.py ddp
     say speed; timeout 280 python tests/gpu.py speed
     say profile; timeout 60 python tests/gpu.py profile
     say "the default command"; timeout 150 python train_ar.py
@@ -46,8 +46,10 @@ part2() {
         done
     done
     say "the study at 1e14 and 1e15, on pysrc"
-    timeout -s TERM 170 python scaling.py --budgets 1e14 --jobs 6 --out runs/accept/pysrc | tail -20
-    timeout -s TERM 290 python scaling.py --budgets 1e15 --jobs 6 --out runs/accept/pysrc | tail -20
+    timeout -s TERM 170 python scaling.py --data pysrc --budgets 1e14 --jobs 6 \
+        --out runs/accept/pysrc | tail -20
+    timeout -s TERM 290 python scaling.py --data pysrc --budgets 1e15 --jobs 6 \
+        --out runs/accept/pysrc | tail -20
 }
 
 part3() {

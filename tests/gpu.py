@@ -185,6 +185,8 @@ def ddp(device):
     args = argparse.Namespace(compile="on" if device.type == "cuda" else "off")
     found, seconds = [], []
     for world_size in (1, 2):
+        # Else DDP would run the graph of the plain model, which is not cut into its buckets.
+        torch.compiler.reset()
         # wrap() takes DDP from two processes on, whatever the process group.
         net, took = run.wrap(lively(config).to(device), args, [(slice(0, len(ids)), 0)], device,
                              world_size)
@@ -228,8 +230,9 @@ def variants(device):
                    *by_the_rules(device, "ar", "byte", flops), device, **options)
 
 
-KINDS = {"matrix products": ("gemm", "nvjet", "cutlass", "aten::mm"),
-         "attention": ("sdpa", "flash", "fmha", "attention"), "AdamW": ("adam",),
+# The first that has a word of a kernel's name: kernels of attention may be called cutlass, too.
+KINDS = {"attention": ("sdpa", "flash", "fmha", "attention"),
+         "matrix products": ("gemm", "nvjet", "cutlass", "aten::mm"), "AdamW": ("adam",),
          "fused by the compiler": ("triton",), "copies": ("memcpy", "memset", "copy")}
 
 
@@ -240,8 +243,12 @@ def profile_steps(device):
         wall = model.seconds_per_call(step, device)
         groups = {}
         for event in profiled(step, device):
-            busy = event.self_device_time_total if device.type == "cuda" else \
-                event.self_cpu_time_total
+            busy = event.self_cpu_time_total
+            if device.type == "cuda":
+                # Kernels only: what launched them, and spans of steps, have their time once more.
+                kernel = event.device_type == torch.autograd.DeviceType.CUDA
+                kernel = kernel and not event.is_user_annotation
+                busy = event.self_device_time_total if kernel else 0
             kind = next((kind for kind, words in KINDS.items()
                          if any(word in event.key.lower() for word in words)), "other")
             groups[kind] = groups.get(kind, 0) + busy / 1e3

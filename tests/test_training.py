@@ -212,6 +212,13 @@ def test_a_gpu_is_opened_by_its_number(monkeypatch, name, index):
     assert run.pick_device(name).type == "cuda" and opened == [index]
 
 
+def test_processes_on_a_mac_are_refused(monkeypatch):
+    monkeypatch.setattr(run, "pick_device", lambda name: torch.device("mps"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(data.InputError, match="add --device cpu"):
+        run.setup(argparse.Namespace(device=None), train_ar.LEARNING_RATE)
+
+
 def test_no_step_and_no_sample_mixes_two_devices(tmp_path):
     done = execute(tmp_path, "tests/fake_device.py")
     assert done.returncode == 0, done.stderr
@@ -224,8 +231,10 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch, capsys):
     assert run.pick_device().type == "cpu" and capsys.readouterr().err == ""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run.pick_device().type == "cpu"
-    assert re.fullmatch("note .*driver too old.*CPU is used\n", capsys.readouterr().err)
+    for version, reason in ("13.0", "driver too old"), (None, "without CUDA"):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert run.pick_device().type == "cpu"
+        assert re.fullmatch(f"note .*{reason}.*CPU is used\n", capsys.readouterr().err)
     monkeypatch.setenv("RANK", "1")
     assert run.pick_device().type == "cpu" and capsys.readouterr().err == ""
 

@@ -205,18 +205,18 @@ def fit(form, found, chosen, count=None):
     if not parts or not np.isfinite(sum(sse for _, sse in parts.values())).any(axis=0).all():
         return None
 
-    def law(key, which):
+    def constants(key, which):
         return profiles[key][which, np.arange(len(which))]
 
     def curve(key, which, C):
-        fitted, one = law(key, which), found[key]
+        fitted, one = constants(key, which), found[key]
         if form == "surface":
             return laws.surface_frontier(fitted, C, one.vocab_size, one.context)
         E, K, gamma = fitted.T[..., None]
         return E + K * C**-gamma
 
     def residuals(key, which):
-        first, one, mask = law(key, which)[0], found[key], chosen[key]
+        first, one, mask = constants(key, which)[0], found[key], chosen[key]
         if form == "surface":
             return one.L[mask] - laws.surface_loss(first, one.N[mask], one.D[mask])
         return one.leveled[0, mask] - first[0] - first[1] * one.C[mask] ** -first[2]

@@ -100,14 +100,22 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def fetch(url, path):
+def fetch(url, path, *known):
     """Download url to path, unless it is there; what an earlier try has left is continued.
 
-    Raise InputError if it does not arrive whole, or not as its published sha256 says.
+    known: of a zip archive, the size and sha256 of its one file, which path will hold. Raise
+    InputError if it does not arrive whole, or not as its published sha256 says.
     """
+    if path.exists():
+        return path
+    source = path.with_name(f"{path.name}.zip") if known else path
     with locked_cache():
+        # Another process may have done it while this one waited.
         if not path.exists():
-            receive(url, path)
+            if not source.exists():
+                receive(url, source)
+            if known:
+                unpack(source, path, *known)
     return path
 
 
@@ -196,13 +204,7 @@ def find_files(data):
     downloads = CACHE / "downloads" / data.partition(":")[0]
     if data in ARCHIVES:
         url, *known = ARCHIVES[data]
-        archive, text = downloads / f"{data}.zip", downloads / data
-        with locked_cache():
-            if not text.exists():
-                if not archive.exists():
-                    receive(url, archive)
-                unpack(archive, text, *known)
-        return data, [text], False
+        return data, [fetch(url, downloads / data, *known)], False
     name, _, count = data.partition(":")
     if name in SHARDS:
         most, _, folder, shard = SHARDS[name]

@@ -153,11 +153,14 @@ def arguments(doc):
     return parser
 
 
+def hides_gpus():
+    """Return whether an empty CUDA_VISIBLE_DEVICES hides all GPUs, that of a Mac included."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+
+
 def best_device():
     """Return the name of the best device here: cuda, mps or cpu. It is not opened."""
-    # An empty CUDA_VISIBLE_DEVICES hides the GPU of a Mac, too.
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and not hidden
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and not hides_gpus()
     return "cuda" if cuda else "mps" if mps else "cpu"
 
 
@@ -165,10 +168,8 @@ def pick_device(name=None):
     """Return the torch.device of this name, or the best there is. Raise InputError if none is."""
     if name is None:
         name = best_device()
-        # An empty CUDA_VISIBLE_DEVICES hides a GPU on purpose.
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
         first = os.environ.get("RANK", "0") == "0"
-        if name == "cpu" and first and not hidden and shutil.which("nvidia-smi"):
+        if name == "cpu" and first and not hides_gpus() and shutil.which("nvidia-smi"):
             build = "is built without CUDA"
             if torch.version.cuda:
                 build = f"(for CUDA {torch.version.cuda}) finds no GPU: is its driver too old?"

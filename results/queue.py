@@ -1,0 +1,152 @@
+"""Train what the claims of 2026-11-29 (results/LOG.md) need: a queue that resumes.
+
+    git clone . ../queue && git -C ../queue checkout d87cd5a
+    python results/queue.py ../queue A C B E F --jobs 2
+
+Runs work in the clone, whose checkpoints are kept. A finished run becomes a row of
+results/queue/runs.csv and a log beside it; what the table has is not trained again. Stop it at
+any time (Ctrl-C, SIGTERM); the same command resumes. D needs `--depth`: its clone is of the
+commit that has study/.
+"""
+import argparse
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+QUEUE = Path(__file__).resolve().parent / "queue"
+REMEDIES = "--conv 7 --schedule bell --lr 0.003"
+
+
+def runs_of_a():
+    """Yield MDM on BPE with patches: with the other remedies, and alone."""
+    for extra in (REMEDIES, ""):
+        for flops, widths in (("3e12", (32, 48, 64)), ("1e13", (48, 64, 96))):
+            for patch in (2, 4):
+                for width in widths:
+                    yield (f"train_mdm.py --tokenizer bpe --flops {flops} --width {width} "
+                           f"--patch {patch} {extra}")
+
+
+def runs_of_c():
+    """Yield the short contexts: bytes at 128, BPE at 256."""
+    for flops, width in (("3e12", 48), ("3e13", 96)):
+        yield f"train_ar.py --tokenizer bpe --context 256 --flops {flops} --width {width}"
+    for flops, width in (("3e12", 32), ("3e13", 48)):
+        yield f"train_mdm.py --tokenizer bpe --context 256 --flops {flops} --width {width}"
+    for flops in ("3e12", "1e13", "3e13"):
+        for width in (48, 64, 96):
+            for objective in ("ar", "mdm"):
+                # These two exist with both seeds: results/sensitivity.csv.
+                if (flops, width) != ("1e13", 64):
+                    yield f"train_{objective}.py --context 128 --flops {flops} --width {width}"
+    for width in (128, 192):
+        yield f"train_ar.py --context 128 --flops 1e14 --width {width}"
+
+
+def runs_of_d():
+    """Yield models of four layers where the rule has two."""
+    for flops, widths in (("1e13", (48, 64)), ("3e13", (64,))):
+        for width in widths:
+            for tokenizer in ("byte", "bpe"):
+                for objective in ("ar", "mdm"):
+                    yield (f"-m study.train {objective} --tokenizer {tokenizer} --flops {flops} "
+                           f"--width {width} --depth 4")
+
+
+RUNS = {
+    "A": list(runs_of_a()),
+    "B": ["train_ar.py --flops 3e14 --width 192 --seed 1",
+          "train_ar.py --flops 3e14 --width 128 --seed 1",
+          "train_ar.py --flops 3e14 --width 256",
+          "train_ar.py --tokenizer bpe --flops 3e13 --width 96 --seed 1",
+          "train_ar.py --tokenizer bpe --flops 3e13 --width 128 --seed 1"],
+    "C": list(runs_of_c()),
+    "D": list(runs_of_d()),
+    "E": [f"train_{objective}.py --tokenizer bpe --flops 1e14 --width {width}"
+          for objective, widths in (("mdm", (64, 96)), ("ar", (96, 192))) for width in widths],
+    # Models for repetition on English, and for the looseness of the bound.
+    "F": [f"{command} {data}" for data in ("", "--data english.jsonl")
+          for command in ("train_mdm.py --flops 1e13 --width 64",
+                          "train_mdm.py --tokenizer bpe --flops 1e13 --width 48",
+                          "train_ar.py --flops 1e13 --width 64",
+                          "train_ar.py --tokenizer bpe --flops 1e13 --width 64")],
+}
+
+
+def folder_of(command):
+    """Return the name of a run's folder: its command without dashes."""
+    return "-".join(command.replace("--", "").replace("-m ", "").replace(".py", "").split())
+
+
+def collect(folder, command):
+    """Add a finished run to the table, and copy its log. Return whether it has a result."""
+    path = folder / "result.json"
+    if not path.exists():
+        return False
+    result = json.loads(path.read_text())
+    result["sha256"] = result["corpus"]["sha256"]
+    result["corpus"] = result["corpus"]["name"]
+    row = {"command": command} | {key: value for key, value in result.items()
+                                  if not isinstance(value, (dict, list))}
+    table = QUEUE / "runs.csv"
+    rows = list(csv.DictReader(open(table, newline=""))) if table.exists() else []
+    if command not in {row["command"] for row in rows}:
+        shutil.copyfile(folder / "log.csv", QUEUE / f"{folder.name}.csv")
+        rows.append(row)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        temporary = table.with_suffix(".new")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, table)
+    return True
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("clone", type=Path)
+    parser.add_argument("parts", nargs="+", choices=RUNS)
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    QUEUE.mkdir(exist_ok=True)
+    waiting = [command.strip() for part in args.parts for command in RUNS[part]]
+    waiting = [command for command in waiting
+               if not collect(args.clone / "runs" / folder_of(command), command)]
+    print(f"{len(waiting)} runs to train", flush=True)
+    running = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                command = waiting.pop(0)
+                name = folder_of(command)
+                out = args.clone / "runs" / name
+                out.mkdir(parents=True, exist_ok=True)
+                process = subprocess.Popen(
+                    [sys.executable, *shlex.split(command), "--out", f"runs/{name}"],
+                    cwd=args.clone, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    stdout=open(out / "output.txt", "a"), stderr=subprocess.STDOUT)
+                running[command] = process
+            time.sleep(2)
+            for command, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[command]
+                done = collect(args.clone / "runs" / folder_of(command), command)
+                print(f"{time.strftime('%H:%M')} {'done' if done else 'FAILED'} {command}",
+                      flush=True)
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+if __name__ == "__main__":
+    main()

@@ -110,7 +110,7 @@ def test_the_mdm_loss_is_unbiased_on_few_sequences(size):
     batch = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1], [1, 0, 0, 0]])[:size]
     exact = np.mean([bound_by_count(net, ids) for ids in batch]) / 4
     generator = torch.Generator().manual_seed(1)
-    assert_mean([train_mdm.loss(net, batch, generator).item() for _ in range(1000)], exact, 0.03)
+    assert_mean([train_mdm.loss(net, batch, generator).item() for _ in range(1000)], exact, 0.05)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Emergent segmentation: is a byte model unsure where BPE starts a token?
 
-    python fragility.py segmentation            # reads the byte models in runs/gap
+    python -m study.segmentation                # reads the best byte models in runs/gap
+    python -m study.segmentation --plot-only    # from results/segmentation.csv and entropy.csv
 
 AUROC of the entropy of a model's next-byte prediction, as a detector of BPE token starts: 0.5 is
 chance. A better predictor tends to have a higher one. So AR, MDM and models that only count are
@@ -8,6 +9,7 @@ read from left to right at the same positions, and compared at equal bits per by
 
 Within identifiers neither spaces nor punctuation give a token start away.
 """
+import argparse
 import csv
 import math
 import re
@@ -15,15 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-import counting
 import data
+import log
 import run
-import scaling
 import train_ar
-from run import InputError
-from scaling import COLORS
-from sweep import exact, unusual
+from data import InputError
+from scaling import COLORS, print_table
+from study import counting
+from study.sweep import flags_of, row_of, short
 
 SEQUENCES = 64                        # of validation text that are read
 POSITIONS = 64                        # in each
@@ -41,57 +44,47 @@ AREA_COLUMNS = {"reading": str, "level": float, "width": int, "seed": int, "voca
 ENTROPY_COLUMNS = {"byte": int, "start": int, "vocab_size": int, "ar": float, "mdm": float}
 
 
-# -----------------------------------------------------------------------------------------------
-# The readings.
+# ---- What a model says of a byte, given the bytes before it.
 
 def measure(logits, targets):
-    """Return the entropy of predictions (..., V), and the surprisal of targets (...): (2, ...).
-
-    In bits. The logits may be logarithms of probabilities.
-    """
+    """Return the entropy of predictions (..., V) and the surprisal of targets (...) in bits."""
     log_p = logits.float().log_softmax(dim=-1)
     entropy = -(log_p.exp() * log_p).sum(dim=-1)
     surprisal = -log_p.gather(-1, targets[..., None])[..., 0]
-    return torch.stack([entropy, surprisal]) / math.log(2)
+    return torch.stack([entropy, surprisal]) / math.log(2)                              # (2, ...)
 
 
 @torch.no_grad()
 def read_ar(model, ids, positions):
     """Return what measure says of AR's predictions of ids (N, T) at positions (N, P): (2, N, P)."""
     inputs, _ = train_ar.corrupt(ids, model.config.vocab_size)
-    found = [measure(model(part), targets)
-             for part, targets in zip(inputs.split(16), ids.split(16), strict=True)]
-    return torch.cat(found, dim=1).gather(2, positions.expand(2, -1, -1))
+    parts = zip(inputs.split(16), ids.split(16), strict=True)
+    measured = torch.cat([measure(model(x), targets) for x, targets in parts], dim=1)   # (2, N, T)
+    return measured.gather(2, positions.expand(2, -1, -1))
 
 
 @torch.no_grad()
 def read_left(model, ids, positions):
-    """Return the same of MDM. Each position and all behind it are masked: it sees what AR sees.
-
-    ids (N, T), positions (N, P) -> (2, N, P).
-    """
-    found, T = [], torch.arange(ids.size(1), device=ids.device)
+    """Return the same of MDM. Each position and all behind it are masked: it sees what AR sees."""
+    measured, T = [], torch.arange(ids.size(1), device=ids.device)
     for sequence, chosen in zip(ids, positions, strict=True):
         for part in chosen.split(16):
-            hidden = T >= part[:, None]                                             # (16, T)
-            logits = model(torch.where(hidden, model.config.vocab_size, sequence))  # (16, T, V)
-            logits = logits[torch.arange(len(part)), part]                          # (16, V)
-            found.append(measure(logits, sequence[part]))
-    return torch.cat(found, dim=1).view(2, *positions.shape)
+            inputs = torch.where(T >= part[:, None], model.config.vocab_size, sequence)  # (16, T)
+            logits = model(inputs)[torch.arange(len(part)), part]                       # (16, V)
+            measured.append(measure(logits, sequence[part]))
+    return torch.cat(measured, dim=1).view(2, *positions.shape)
 
 
 # objective -> (name of the reading, function)
 READ = {"ar": ("ar", read_ar), "mdm": ("left", read_left)}
 
 
-# -----------------------------------------------------------------------------------------------
-# How well they detect.
+# ---- How well it detects.
 
 def auroc(scores, positive):
     """Return P(the score of a positive is above that of a negative), ties counted as half.
 
-    scores, positive: (n,), positive of bool. nan if all are of one kind. By the sum of ranks (Mann
-    and Whitney 1947).
+    scores, positive (bool): (n,). nan if all are of one kind. By ranks (Mann and Whitney, 1947).
     """
     _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
     # Ranks from 1; equal scores share the mean of theirs.
@@ -120,98 +113,103 @@ def within_identifiers(sequences, positions):
 def judge(reading, starts, inside, resamples):
     """Return the BPB of a reading, its AUROC for starts, and that of the positions inside.
 
-    reading (2, N, P): scores and surprisals. starts, inside: (N, P) bool. resamples (R, N): the
-    sequences in each sample of the bootstrap. -> (3, 1 + R): of all sequences, then of the samples.
+    reading (2, N, P): scores and surprisals. starts, inside: (N, P) bool. resamples (R, N): samples
+    of the sequences. -> (3, 1 + R): of all sequences, then of each sample.
     """
-    scores, surprisal = reading
-    found = []
-    for rows in (np.arange(len(scores)), *resamples):
-        own, truth, chosen = scores[rows], starts[rows], inside[rows]
-        found.append((surprisal[rows].mean(), auroc(own.ravel(), truth.ravel()),
-                      auroc(own[chosen], truth[chosen])))
-    return np.array(found).T
+    judged = []
+    for rows in (np.arange(len(starts)), *resamples):
+        (scores, surprisal), truth, chosen = reading[:, rows], starts[rows], inside[rows]
+        judged.append((surprisal.mean(), auroc(scores.ravel(), truth.ravel()),
+                       auroc(scores[chosen], truth[chosen])))
+    return np.array(judged).T
 
 
 def at_equal_bpb(curve, bpb):
     """Return the AUROC of a curve of models at these BPB, linear between two models.
 
-    curve (K, 2, S): the BPB and AUROC of K models in S samples. bpb (S,) -> (S,), nan where no two
-    models have the BPB between them.
+    curve (K, 2, S): the BPB and AUROC of K models in S samples. bpb (S,) -> (S,), nan beyond them.
     """
-    found = []
-    for s, wanted in enumerate(bpb):
-        x, y = curve[curve[:, 0, s].argsort(), :, s].T
-        found.append(np.interp(wanted, x, y, left=math.nan, right=math.nan))
-    return np.array(found)
+    by_bpb = np.take_along_axis(curve, curve[:, :1].argsort(axis=0), 0)                 # (K, 2, S)
+    return np.array([np.interp(wanted, *by_bpb[:, :, s].T, left=math.nan, right=math.nan)
+                     for s, wanted in enumerate(bpb)])
 
 
 def with_interval(values):
-    """Return values[0], and the 90% interval of the others: [value, low, high].
-
-    A sample without a value counts for nothing. nan if values[0] is nan.
-    """
+    """Return values[0], and the 90% interval of those of the others that are not nan: a list."""
     if np.isnan(values[0]):
         return 3 * [math.nan]
     return [values[0], *np.nanquantile(values[1:], (0.05, 0.95))]
 
 
-# -----------------------------------------------------------------------------------------------
-# The study.
+def compare(readings, starts, inside, vocab_size):
+    """Return the rows of segmentation.csv. readings: of read_all. starts, inside: (N, P) bool."""
+    # The same samples for all, so that differences are paired.
+    resamples = np.random.default_rng(1).integers(len(starts), size=(RESAMPLES, len(starts)))
+    judged = [(about, judge(values, starts, inside, resamples)) for *about, values in readings]
+    ar = np.stack([values for about, values in judged if about[0] == "ar"])         # (K, 3, 1 + R)
+    rows = []
+    for about, (bpb, *areas) in judged:
+        ahead = [np.full(bpb.shape, math.nan)] * 2
+        if about[0] != "ar":
+            ahead = [at_equal_bpb(ar[:, [0, k + 1]], bpb) - areas[k] for k in range(2)]
+        measured = [value for values in (bpb, *areas, *ahead) for value in with_interval(values)]
+        rows.append([*about, vocab_size, *measured])
+    return rows
 
-def best_runs(folders, budgets, tokenizer="byte", objectives=tuple(READ)):
-    """Return (result, folder) of the best finished run of each objective and budget, in order.
 
-    Raise InputError if one of the objectives has none, or if they are of different text or context.
+# ---- Runs and tables, of this study and of study.likelihood.
+
+def arguments(doc):
+    """Return the parser of a study that reads finished runs."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], usage=argparse.SUPPRESS)
+    parser.add_argument("--data", default="pysrc", help="the text of the runs: a name or a path")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the tables")
+    parser.add_argument("--plot-only", action="store_true", help="read the table, not the runs")
+    return parser
+
+
+def best_runs(folders, corpus, tokenizer="byte", objectives=tuple(READ)):
+    """Return the best plain runs, {(objective, FLOPs): (result, folder)}, in this order.
+
+    folders: [] for all in runs/gap. Left out are runs of another text than the corpus.
     """
     best = {}
-    for folder in folders:
-        result = run.read(folder / "result.json")
-        if result is None or not (folder / "checkpoint.pt").exists():
+    for folder in folders or sorted(Path("runs/gap").glob("*")):
+        result = log.read_result(folder)
+        if result is None or result["corpus"]["sha256"] != corpus.meta["sha256"]:
             continue
-        result = run.PLAIN | result
-        kind = result["tokenizer"] == tokenizer and result["objective"] in objectives
-        wanted = kind and not unusual(result)
-        if wanted and (not budgets or result["flops_budget"] in budgets):
-            key = result["objective"], result["flops_budget"]
-            if key not in best or result["val_bpb"] < best[key][0]["val_bpb"]:
-                best[key] = result, folder
-    for objective in objectives:
-        if objective not in {key[0] for key in best}:
-            raise InputError(f"there is no finished {tokenizer} run of {objective} with a "
-                             "checkpoint and plain flags: train some (python scaling.py), or name "
-                             "their folders with --runs")
-    check_one_text(best.values())
-    return [best[key] for key in sorted(best)]
+        key = result["objective"], result["flops_budget"]
+        wanted = key[0] in objectives and result["tokenizer"] == tokenizer
+        best_so_far = best[key][0]["val_bpb"] if key in best else math.inf
+        if wanted and not flags_of(row_of(result)) and result["val_bpb"] < best_so_far:
+            best[key] = result, folder
+    contexts = {result["context_bytes"] for result, _ in best.values()}
+    if {objective for objective, _ in best} < set(objectives) or len(contexts) > 1:
+        raise InputError(f"name the folders of finished runs on this text, plain, {tokenizer}, of "
+                         f"one context, and of each of: {', '.join(objectives)}")
+    return dict(sorted(best.items()))
 
 
-def check_one_text(runs):
-    """Raise InputError if runs, pairs (result, _), are of different text or context."""
-    if len({(result["corpus"]["sha256"], result["context_bytes"]) for result, _ in runs}) > 1:
-        raise InputError("the runs are of different text or context: name those of one with --runs")
+def read_table(path, columns):
+    """Return the rows of a table of a study, as dicts."""
+    with open(path, newline="") as file:
+        return [{key: kind(line[key]) for key, kind in columns.items()}
+                for line in csv.DictReader(file)]
 
 
-def find_runs(args, tokenizer="byte", objectives=tuple(READ)):
-    """Return the best runs of the folders in --runs, by default of runs/gap."""
-    folders = args.runs or sorted(Path("runs/gap").glob("*"))
-    return best_runs(folders, args.budgets, tokenizer, objectives)
+def spread(row, name, sign=""):
+    """Return a number of a row with its 90% interval: "0.66 [0.64, 0.69]"; "" for nan."""
+    value, low, high = (f"{row[name + end]:{sign}.3f}" for end in ("", "_low", "_high"))
+    return "" if math.isnan(row[name]) else f"{value} [{low}, {high}]"
 
 
-def load_corpus(args, runs):
-    """Return the byte corpus of runs. Raise InputError if they were trained on another text."""
-    args.data = args.data or "pysrc"
-    byte = data.load(args.data)
-    for result, folder in runs:
-        if result["corpus"]["sha256"] != byte.meta["sha256"]:
-            raise InputError(f"{folder} was trained on another text ({result['corpus']['name']}) "
-                             f"than --data {args.data}")
-    return byte
+# ---- The study.
 
-
-def read_all(runs, text, sequences, positions, device):
+def read_all(runs, text, sequences, positions):
     """Yield (reading, level, width, seed, values (2, N, P)) of the runs and of what needs none.
 
-    runs: as best_runs returns them. text: what the n-gram models count. values: the scores and the
-    surprisals, nan for a detector that predicts nothing.
+    text: what the n-gram models count. values: the scores and the surprisals, nan for a detector
+    that predicts nothing.
     """
     targets = np.take_along_axis(sequences, positions, 1)
     before = np.take_along_axis(sequences, positions - 1, 1)
@@ -221,114 +219,35 @@ def read_all(runs, text, sequences, positions, device):
     for order, p in enumerate(counting.ngrams(text, sequences, positions, ORDERS), 1):
         values = measure(torch.from_numpy(p).log(), torch.from_numpy(targets))
         yield "ngram", order, 0, 0, values.numpy()
+    device = run.pick_device()
     ids, at = torch.from_numpy(sequences).to(device), torch.from_numpy(positions).to(device)
     for result, folder in runs:
-        model, _, _ = run.load_model(folder, device)
+        model, _, _ = log.load_model(folder, device)
         reading, read = READ[result["objective"]]
         yield (reading, result["flops_budget"], result["width"], result["seed"],
                read(model, ids, at).cpu().numpy())
         print(f"read {folder}", flush=True)
 
 
-def compare(readings, starts, inside, vocab_size):
-    """Return the rows of segmentation.csv.
-
-    readings: as read_all yields them. starts, inside: (N, P) bool.
-    """
-    # The same samples for all, so that differences are paired.
-    resamples = np.random.default_rng(1).integers(len(starts), size=(RESAMPLES, len(starts)))
-    judged = [(about, judge(values, starts, inside, resamples)) for *about, values in readings]
-    ar = np.stack([found for about, found in judged if about[0] == "ar"])           # (K, 3, 1 + R)
-    rows = []
-    for about, found in judged:
-        bpb, *areas = found
-        more = [np.full(bpb.shape, math.nan)] * 2
-        if about[0] != "ar":
-            more = [at_equal_bpb(ar[:, [0, k]], bpb) - found[k] for k in (1, 2)]
-        measured = [value for values in (bpb, *areas, *more) for value in with_interval(values)]
-        rows.append([*about, vocab_size, *measured])
-    return rows
-
-
-def read_line(runs, sequences, starts, vocab_size, device):
+def read_line(runs, sequences, starts, vocab_size):
     """Return the rows of entropy.csv: a line of text read by the runs of the largest budgets.
 
     sequences, starts (bool): (N, T). [] without a line of 20 to 79 printable bytes.
     """
-    texts = [sequence.astype(np.uint8).tobytes() for sequence in sequences]
     # Not early in a sequence, where the models know little of the text.
     pattern, first = re.compile(rb"\n([ -~]{20,79})(?=\n)"), sequences.shape[1] // 4 + 1
-    found = [(n, *match.span(1)) for n, text in enumerate(texts)
-             if (match := pattern.search(text, first))]
-    if not found:
+    matches = [pattern.search(row.astype(np.uint8).tobytes(), first) for row in sequences]
+    n = next((n for n, match in enumerate(matches) if match), None)
+    if n is None:
         return []
-    n, begin, end = found[0]
-    ids = torch.from_numpy(sequences[n:n + 1]).to(device)                           # (1, T)
-    positions = torch.arange(begin, end, device=device)[None]                       # (1, P)
+    begin, end = matches[n].span(1)
+    ids, positions = torch.from_numpy(sequences[n:n + 1]), torch.arange(begin, end)[None]
     # The runs are in order of budget: the last one of each objective stays.
     folders = {result["objective"]: folder for result, folder in runs}
-    curves = []
-    for objective, (_, read) in READ.items():
-        model, _, _ = run.load_model(folders[objective], device)
-        curves.append(read(model, ids, positions)[0, 0].tolist())
+    curves = [read(log.load_model(folders[objective])[0], ids, positions)[0, 0].tolist()
+              for objective, (_, read) in READ.items()]
     return [[byte, int(start), vocab_size, ar, mdm] for byte, start, ar, mdm in
             zip(sequences[n, begin:end].tolist(), starts[n, begin:end], *curves, strict=True)]
-
-
-def make_tables(args, areas, line):
-    """Read finished runs, and write the two tables."""
-    runs = find_runs(args)
-    byte, T, device = load_corpus(args, runs), runs[0][0]["context_tokens"], run.pick_device()
-    bpe = data.load(args.data, "bpe", args.vocab)
-    sequences = data.Sequences(byte.val, T).spaced(SEQUENCES)                       # (N, T)
-    starts = token_starts(bpe.tokenizer, bpe.val)
-    starts = data.Sequences(starts, T).spaced(SEQUENCES) == 1                       # (N, T)
-    # The same positions for all. Not the first ones, which lack the context of the n-gram models.
-    free = np.random.default_rng(0).random((len(sequences), T - ORDERS)).argsort(axis=1)
-    positions = ORDERS + free[:, :POSITIONS]                                        # (N, P)
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    readings = read_all(runs, byte.train[:COUNTED], sequences, positions, device)
-    run.write_csv(areas, AREA_COLUMNS,
-                  compare(readings, np.take_along_axis(starts, positions, 1),
-                          within_identifiers(sequences, positions), args.vocab))
-    run.write_csv(line, ENTROPY_COLUMNS,
-                  read_line(runs, sequences, starts, args.vocab, device))
-
-
-def study(args):
-    """Run the study: read finished runs, print the table, draw it and a line of text."""
-    areas, line = args.out / "segmentation.csv", args.out / "entropy.csv"
-    if not args.plot_only:
-        make_tables(args, areas, line)
-    rows, line = read_table(areas, AREA_COLUMNS), read_table(line, ENTROPY_COLUMNS)
-    show_areas(rows)
-    scaling.draw(areas.with_suffix(".png"), (1, 2), (9, 4.5),
-                 lambda axes: paint_areas(axes[0], rows), share=False, log=False)
-    print(f"\nfigure: {areas.with_suffix('.png')}")
-    if line:
-        draw_line(args.out / "entropy.png", line)
-        print(f"figure: {args.out / 'entropy.png'}")
-    else:
-        print("no line of 20 to 79 printable bytes in the sequences: no entropy.png")
-
-
-def read_table(path, columns):
-    """Return the rows of a table of a study. Raise InputError if it is missing or bad."""
-    if not path.exists():
-        raise InputError(f"there is no {path}: run the study without --plot-only")
-    try:
-        with open(path, newline="") as file:
-            return [{key: kind(line[key]) for key, kind in columns.items()}
-                    for line in csv.DictReader(file)]
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise InputError(f"{path} is corrupt ({type(error).__name__}: {error})") from None
-
-
-def spread(row, name, sign=""):
-    """Return a number of a row with its 90% interval, as text: "0.66 [0.64, 0.69]"."""
-    value, low, high = (f"{row[name + end]:{sign}.3f}" for end in ("", "_low", "_high"))
-    return f"{value} [{low}, {high}]"
 
 
 def ahead(row, name, worst):
@@ -343,56 +262,76 @@ def ahead(row, name, worst):
 def show_areas(rows):
     """Print the table of AUROC."""
     lines, worst = [], max(row["bpb"] for row in rows if row["reading"] == "ar")
-    for reading, title in READINGS.items():
-        own = [row for row in rows if row["reading"] == reading]
-        for row in sorted(own, key=lambda row: row["level"]):
-            known = not math.isnan(row["bpb"])
-            lines.append([title, exact(row["level"]) if known else "",
-                          spread(row, "bpb") if known else "", spread(row, "auroc"),
-                          spread(row, "inside"), ahead(row, "ahead", worst),
-                          ahead(row, "ahead_inside", worst)])
-    sizes = ", ".join(sorted({f"{row['vocab_size']:,}" for row in rows}))
-    scaling.print_table("AUROC of the entropy of the next byte, for token starts of a BPE of "
-                        f"{sizes} [90% of bootstrap samples of the sequences]",
-                        ["reading", "FLOPs, or order", "bits per byte", "AUROC",
-                         "within identifiers", "AR less it at equal bits per byte",
-                         "the same within identifiers"], lines)
+    for row in sorted(rows, key=lambda row: (list(READINGS).index(row["reading"]), row["level"])):
+        lines.append([READINGS[row["reading"]], short(row["level"]) if row["level"] else "",
+                      *(spread(row, name) for name in ("bpb", "auroc", "inside")),
+                      *(ahead(row, name, worst) for name in ("ahead", "ahead_inside"))])
+    print_table("AUROC of the entropy of the next byte, for token starts of a BPE of "
+                f"{rows[0]['vocab_size']:,} [90% of bootstrap samples of the sequences]",
+                ["reading", "FLOPs, or order", "bits per byte", "AUROC", "within identifiers",
+                 "AR less it at equal bits per byte", "the same within identifiers"], lines)
 
 
-def paint_areas(axes, rows):
+def draw_areas(path, rows):
     """Draw AUROC against BPB: all positions, and those within identifiers."""
-    styles = {"ar": ("o-", COLORS["ar", "byte"]), "left": ("s-", COLORS["mdm", "byte"]),
-              "ngram": ("^--", "0.4")}
-    for ax, name, title in zip(axes, ("auroc", "inside"), ("all positions", "within identifiers"),
-                               strict=True):
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    styles = {"ar": ("o-", COLORS["ar"]), "left": ("s-", COLORS["mdm"]), "ngram": ("^--", "0.4")}
+    for name, ax in zip(("auroc", "inside"), figure.subplots(1, 2), strict=True):
         for reading, (style, color) in styles.items():
-            own = [row for row in rows if row["reading"] == reading]
-            own.sort(key=lambda row: row["level"])
-            bpb, area, low, high = np.array([[row["bpb"], row[name], row[f"{name}_low"],
-                                              row[f"{name}_high"]] for row in own]).T
+            bpb, area, low, high = np.array([
+                [row[key] for key in ("bpb", name, f"{name}_low", f"{name}_high")]
+                for row in sorted(rows, key=lambda row: row["level"])
+                if row["reading"] == reading]).T
             ax.errorbar(bpb, area, (area - low, high - area), fmt=style, color=color, capsize=3,
                         label=READINGS[reading])
-        ax.set(title=title, xlabel="bits per byte, from left to right", ylabel="AUROC; bars: 90%")
+        ax.set(xlabel="bits per byte, from left to right", ylabel="AUROC; bars: 90%")
+    figure.axes[0].set(title="all positions")
+    figure.axes[1].set(title="within identifiers")
+    figure.axes[1].legend()
+    figure.savefig(path, dpi=120)
 
 
 def draw_line(path, line):
-    """Draw a line of text with the entropy of each byte as bars, AR above it and MDM below it."""
-    # Imported here, since it is slow to import.
-    from matplotlib.figure import Figure
+    """Draw the entropy at each byte of a line of text, by AR and by MDM, as bars."""
     figure = Figure(figsize=(7.5, 4), layout="constrained")
-    above, text, below = figure.subplots(3, 1, sharex=True, height_ratios=(6, 1, 6))
-    starts = np.array([row["start"] for row in line]) == 1
-    top = 1.05 * max(max(row["ar"], row["mdm"]) for row in line)
-    for objective, ax in (("ar", above), ("mdm", below)):
-        values, color = np.array([row[objective] for row in line]), COLORS[objective, "byte"]
-        for chosen, alpha in ((starts, 1), (~starts, 0.35)):
-            ax.bar(np.flatnonzero(chosen), values[chosen], color=color, alpha=alpha)
-        ax.set(ylim=(0, top), ylabel="entropy, bits",
-               title=f"{READINGS[READ[objective][0]]}; dark: the first byte of a BPE token")
-    # Every other token has a grey background.
-    text.bar(np.flatnonzero(starts.cumsum() % 2), 1, width=1, color="0.85")
-    text.set(ylim=(0, 1), yticks=[], xticks=[], xlim=(-0.5, len(line) - 0.5))
-    for x, row in enumerate(line):
-        text.text(x, 0.45, chr(row["byte"]), ha="center", va="center", family="monospace",
-                  fontsize=min(14, 750 / len(line)))
-    run.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    positions = range(len(line))
+    for objective, ax in zip(READ, figure.subplots(2, 1, sharey=True), strict=True):
+        colors = [(COLORS[objective], 1 if row["start"] else 0.35) for row in line]
+        ax.bar(positions, [row[objective] for row in line], color=colors)
+        ax.set_xticks(positions, [chr(row["byte"]) for row in line], family="monospace")
+        ax.set(title=f"{READINGS[READ[objective][0]]}; dark: the first byte of a BPE token",
+               ylabel="entropy, bits")
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("runs", type=Path, nargs="*", help="run folders (default: in runs/gap)")
+    parser.add_argument("--vocab", type=run.count, default=4096, help="tokens of the BPE")
+    args = parser.parse_args()
+    areas, line = args.out / "segmentation.csv", args.out / "entropy.csv"
+    if not args.plot_only:
+        byte, bpe = data.load(args.data), data.load(args.data, "bpe", args.vocab)
+        runs = list(best_runs(args.runs, byte).values())
+        T = runs[0][0]["context_tokens"]
+        sequences = data.Sequences(byte.val, T).spaced(SEQUENCES)                       # (N, T)
+        starts = token_starts(bpe.tokenizer, bpe.val)
+        starts = data.Sequences(starts, T).spaced(SEQUENCES) == 1                       # (N, T)
+        # The same positions for all. Not the first, which lack the context of the n-gram models.
+        free = np.random.default_rng(0).random((len(sequences), T - ORDERS)).argsort(axis=1)
+        positions = ORDERS + free[:, :POSITIONS]                                        # (N, P)
+        readings = read_all(runs, byte.train[:COUNTED], sequences, positions)
+        rows = compare(readings, np.take_along_axis(starts, positions, 1),
+                       within_identifiers(sequences, positions), args.vocab)
+        args.out.mkdir(parents=True, exist_ok=True)
+        log.write_csv(areas, AREA_COLUMNS, rows)
+        log.write_csv(line, ENTROPY_COLUMNS, read_line(runs, sequences, starts, args.vocab))
+    rows, entropies = read_table(areas, AREA_COLUMNS), read_table(line, ENTROPY_COLUMNS)
+    show_areas(rows)
+    draw_areas(areas.with_suffix(".png"), rows)
+    if entropies:
+        draw_line(line.with_suffix(".png"), entropies)
+
+
+if __name__ == "__main__":
+    run.run_script(main)

@@ -164,9 +164,9 @@ def test_a_damaged_or_foreign_cache_is_made_again(text_file, damage):
     for folder in data.CACHE.glob("text-*"):
         DAMAGES[damage](folder)
     # What a process that was killed leaves.
-    Path("data/.preparing-1").mkdir()
+    Path("data/.preparing").mkdir()
     assert [(streams_of(corpus), corpus.meta) for corpus in load_both()] == good
-    assert not list(data.CACHE.glob(".preparing-*"))
+    assert not list(data.CACHE.glob(".preparing"))
 
 
 def test_two_corpora_of_one_name_have_two_caches(source_text):

@@ -190,9 +190,9 @@ def show_span(rows, at):
     curves = []
     for share, ending, marker in ((1, "", "o"), (0.5, ", half spans", "^")):
         color = "0.4" if ending else sweep.COLORS[byte]
-        for bound, judged, line in (("its spans", rows, "-"), ("single bytes", single, ":")):
+        for bound, judged, dashes in (("its spans", rows, "-"), ("single bytes", single, ":")):
             values = summary([row for row in judged if row["span_share"] == share], "span")[byte]
-            curves.append((f"MDM, bytes: bound of {bound}{ending}", values, marker + line, color))
+            curves.append((f"MDM, bytes: bound of {bound}{ending}", values, marker + dashes, color))
     level = summary(rows, "span")[bpe].get(1)
     line = dict.fromkeys(curves[0][1], level) if level else {}
     curves.insert(2, (CONFIGURATIONS[bpe], line, "s--", sweep.COLORS[bpe]))

@@ -1,237 +1,239 @@
-"""What gives bytes their contiguity back: a convolution, a bell of mask rates, patches.
+"""What gives bytes their contiguity back: convolutions, a bell of mask rates, patches, n-grams.
 
-    python fragility.py remedies --budgets 3e12 1e13
-    python fragility.py remedies --plot-only        # from results/remedies.csv and results/runs.csv
+    python -m study.remedies --budgets 3e12 1e13
+    python -m study.remedies --plot-only            # from results/remedies.csv and results/runs.csv
 
-Patches are for bytes. The other remedies are trained on BPE, too: what they win for both is not
-about bytes. Plain runs are those of the study. At each budget the minima of IsoFLOP parabolas are
-compared. All parabolas of a configuration share their curvature. Intervals are 90%, over samples of
-the residuals.
+What a remedy wins for BPE, too, is not about bytes: so bytes are compared with BPE that has the
+same remedies. Compared are the minima of IsoFLOP parabolas. All parabolas of a configuration share
+their curvature. Intervals are 90%, over samples of the residuals.
+
+A remedy is a tuple of flags of study.train and their values: those that a plain run does not have.
 """
-import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
-import laws
 import run
 import scaling
-import sweep
-from run import InputError
-from scaling import COLORS, error_bars, interval, signed, with_ends
-from sweep import CONFIGURATIONS, exact
+from data import InputError
+from scaling import CONFIGURATIONS, interval
+from study import sweep
 
 BUDGETS = {"cpu": (3e12, 1e13), "mps": (1e14,), "cuda": (1e17,)}
-# The best rate of MDM with a convolution, or with a bell on BPE: twice that of plain.
-TWICE = {"lr": 0.003}
-# A convolution reads as far back in AR as in MDM.
-AR_CONV, MDM_CONV = {"conv": 4}, {"conv": 7} | TWICE
-BELL = {"schedule": "bell"}
-PATCHES = {f"patch {size}": {"patch": size} for size in (2, 4, 8)}
-# configuration -> remedy -> flags.
-REMEDIES = {
-    ("ar", "bpe"): {"convolution": AR_CONV},
-    ("ar", "byte"): {"convolution": AR_CONV, **PATCHES,
-                     "patch 4, convolution": AR_CONV | {"patch": 4}},
-    ("mdm", "bpe"): {"convolution": MDM_CONV, "bell": BELL | TWICE,
-                     "convolution, bell": MDM_CONV | BELL},
-    ("mdm", "byte"): {"convolution": MDM_CONV, "bell": BELL, **PATCHES,
-                      "patch 8, convolution, bell": MDM_CONV | BELL | {"patch": 8}},
-}
-PLAIN = "plain"
-# objective -> what (bytes, BPE) have in three comparisons: plain, a convolution, all remedies.
-PAIRS = {"ar": ((PLAIN, PLAIN), ("convolution",) * 2, ("patch 4, convolution", "convolution")),
-         "mdm": ((PLAIN, PLAIN), ("convolution",) * 2,
-                 ("patch 8, convolution, bell", "convolution, bell"))}
+# The flags of remedies, and what they are called.
+NAMES = {"patch": "patch {}", "conv": "convolution", "schedule": "bell", "ngram": "n-gram {}",
+         "buckets": "{} buckets", "ngram_stride": "stride {}"}
+# What is trained. A convolution reads as far back in AR as in MDM.
+CONV, BOTH = {"ar": {"conv": 4}, "mdm": {"conv": 7}}, {"conv": 7, "schedule": "bell"}
+PATCHES, NGRAMS = [{"patch": size} for size in (2, 4, 8)], [{"ngram": 2}, {"ngram": 4}]
+REMEDIES = {"ar": [CONV["ar"], *PATCHES, CONV["ar"] | {"patch": 4}, *NGRAMS],
+            "mdm": [CONV["mdm"], {"schedule": "bell"}, BOTH, *PATCHES,
+                    *(BOTH | patch for patch in PATCHES), *NGRAMS]}
 
 
-def plan(args, corpora):
-    """Return the settings of the runs."""
-    specs = []
-    for flops in args.budgets:
-        for configuration, remedies in REMEDIES.items():
-            for flags in remedies.values():
-                # A trunk that reads P tokens as one can be wider for the same budget.
-                own = sweep.bracket(configuration[0], flops * flags.get("patch", 1) ** 0.5, 3)
-                specs += [sweep.settings(configuration, flops, width, seed, args, corpora, **flags)
-                          for width in args.widths or own for seed in args.seeds]
-    return specs
+class Minimum(NamedTuple):
+    """The lowest loss with a remedy at a budget."""
+    losses: np.ndarray         # (S,) bits per byte, first as measured, then samples
+    outside: bool              # not between the widths that were trained
+    positions: int             # free positions in a sequence: its tokens or patches
+
+
+def name_of(remedy):
+    return ", ".join(NAMES[flag].format(value).strip() for flag, value in remedy) or "plain"
+
+
+def kind_of(remedy):
+    """Return a remedy without its sizes."""
+    return tuple((flag, "") for flag, _ in remedy if flag != "buckets")
+
+
+def without_patches(remedy):
+    return tuple((flag, value) for flag, value in remedy if flag != "patch")
+
+
+def best_rate(row):
+    """Return the best learning rate with a run's remedies, in rates of a plain run."""
+    bell_on_bpe = row["schedule"] == "bell" and row["tokenizer"] == "bpe"
+    return 2 if row["objective"] == "mdm" and (row["conv"] or bell_on_bpe) else 1
 
 
 def remedy_of(row):
-    """Return the name of what a run was trained with: a remedy, plain, or None if neither."""
-    remedies = {PLAIN: {}} | REMEDIES[row["objective"], row["tokenizer"]]
-    return next((name for name, flags in remedies.items() if scaling.by_the_rules(row, flags)),
-                None)
+    """Return the remedy of a run, () for a plain one, or None for a run of another study."""
+    flags, rate = sweep.flags_of(row), row["lr"] / best_rate(row)
+    if set(flags) <= set(NAMES) and scaling.by_the_rules(row | {"lr": rate}):
+        return tuple((flag, flags[flag]) for flag in NAMES if flag in flags)
+
+
+def plan(args, corpora):
+    # A trunk that reads P tokens as one can be wider for the same budget.
+    specs = [sweep.settings(configuration, flops, width, seed, args, corpora, flags)
+             for flops in args.budgets for configuration in CONFIGURATIONS
+             for flags in REMEDIES[configuration[0]] for width in args.widths or scaling.bracket(
+                 configuration[0], flops * flags.get("patch", 1) ** 0.5, 3)
+             for seed in args.seeds]
+    return [spec | {"lr": spec["lr"] * best_rate(spec)} for spec in specs]
+
+
+# ---- What the runs say.
+
+def fit_minima(groups, seed, count=400):
+    """Return {key: Minimum} of groups {(configuration, remedy, budget): rows} of a configuration.
+
+    The fit and the samples are those of scaling.py, but each remedy has an n0 of its own.
+    """
+    rows = [row for group in groups.values() for row in group]
+    index = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
+    remedies = list(dict.fromkeys(remedy for _, remedy, _ in groups))
+    kind = np.array([remedies.index(remedy) for _, remedy, _ in groups])                # (K,)
+    t = np.log([budget for _, _, budget in groups])                                     # (K,)
+    x = np.log([row["params_non_embedding"] for row in rows])                           # (n,)
+    L = np.array([row["val_bpb"] for row in rows])                                      # (n,)
+    slopes = np.eye(len(remedies))[kind[index]] * x[:, None]                            # (n, k)
+    X = np.column_stack([np.eye(len(groups))[index], slopes, x**2, x * t[index]])
+
+    def fit(Y):
+        coefficients = np.linalg.lstsq(X, Y.T, rcond=None)[0].T                         # (S, K+k+2)
+        # Without a positive curvature there is no minimum.
+        return coefficients[coefficients[:, -2] > 0]
+
+    samples, free, rng = fit(L[None]), len(L) - X.shape[1], np.random.default_rng(seed)
+    if free < 1 or not len(samples):
+        return {}
+    fitted = X @ samples[0]
+    residuals = (L - fitted) * np.sqrt(len(L) / free)
+    while len(samples) <= count:
+        drawn = fitted + rng.choice(residuals, (count, len(L)))
+        samples = np.concatenate([samples, fit(drawn)])
+    c, d = samples[:count + 1, -2:].T[..., None]                                        # (S, 1)
+    levels, b = np.split(samples[:count + 1, :-2], [len(groups)], axis=1)
+    best = -(b[:, kind] + d * t) / (2 * c)                                              # (S, K)
+    minima = levels - c * best**2                                                       # (S, K)
+    return {key: Minimum(minima[:, k], not min(x[index == k]) < best[0, k] < max(x[index == k]),
+                         group[0]["context_tokens"] // group[0]["patch"])
+            for k, (key, group) in enumerate(groups.items())}
 
 
 def analyse(rows):
-    """Return {(configuration, remedy, budget): the lowest loss, first as measured, then samples}.
+    """Return {(configuration, remedy, budget): Minimum}.
 
     A remedy counts at budgets at which it has three widths or more, and plain runs at those of the
-    remedies of their objective. Also return the set of those whose minimum is not within their
-    widths.
+    remedies of their objective.
     """
-    groups = {}
+    groups, minima = {}, {}
     for row in sorted(rows, key=sweep.settings_of):
-        if name := remedy_of(row):
-            key = (row["objective"], row["tokenizer"]), name, row["flops_budget"]
-            groups.setdefault(key, []).append(row)
+        key = (row["objective"], row["tokenizer"]), remedy_of(row), row["flops_budget"]
+        groups.setdefault(key, []).append(row)
     groups = {key: group for key, group in groups.items()
-              if len({row["width"] for row in group}) >= 3}
-    budgets = {(owner[0], budget) for owner, name, budget in groups if name != PLAIN}
-    found, outside = {}, set()
+              if key[1] is not None and len({row["width"] for row in group}) >= 3}
+    budgets = {(configuration[0], budget) for configuration, remedy, budget in groups if remedy}
     for seed, configuration in enumerate(CONFIGURATIONS):
-        own = [(row, name) for (owner, name, budget), group in groups.items()
-               if owner == configuration and (owner[0], budget) in budgets for row in group]
-        if not own:
-            continue
-        names = list(dict.fromkeys(name for _, name in own))
-        kinds = np.array([names.index(name) for _, name in own])
-        C, N, L = (np.array([row[key] for row, _ in own], dtype=float)
-                   for key in ("flops_budget", "params_non_embedding", "val_bpb"))
-        samples = laws.resample(C, N, L, seed, kinds)
-        if samples is None:
-            continue
-        minima, best, _, _ = laws.pooled_minima(C, N, samples, kinds)
-        for k, (kind, budget) in enumerate(laws.cells(C, kinds)[0].T):
-            key = configuration, names[int(kind)], budget
-            found[key] = minima[:, k]
-            if laws.is_outside(best[0, k], N[(kinds == kind) & (C == budget)]):
-                outside.add(key)
-    return found, outside
+        chosen = {key: group for key, group in groups.items()
+                  if key[0] == configuration and (configuration[0], key[2]) in budgets}
+        minima |= fit_minima(chosen, seed) if chosen else {}
+    return minima
 
 
-def lost(found, objective, names, budget):
-    """Return the bits that bytes lose, with these remedies for (bytes, BPE): (S,), or None."""
-    byte = found.get(((objective, "byte"), names[0], budget))
-    bpe = found.get(((objective, "bpe"), names[1], budget))
-    return None if byte is None or bpe is None else byte - bpe
+def bits_lost(minima):
+    """Return {(objective, kind of remedy of bytes, of BPE, budget): bits that bytes lose (S,)}.
 
-
-def report(found, outside):
-    """Print what each remedy wins, and what bytes lose with and without remedies."""
-    lines = []
-    for (configuration, name, budget), losses in found.items():
-        won = share = ""
-        plain = found.get((configuration, PLAIN, budget))
-        if name != PLAIN and plain is not None:
-            won = signed(plain - losses)
-            gap = lost(found, configuration[0], (PLAIN, PLAIN), budget)
-            if configuration[1] == "byte" and gap is not None:
-                share = "{:.0f} [{:.0f}, {:.0f}] %".format(*with_ends(100 * (plain - losses) / gap))
-        mark = " (outside)" if (configuration, name, budget) in outside else ""
-        lines.append([CONFIGURATIONS[configuration], name, exact(budget), f"{losses[0]:.3f}{mark}",
-                      won, share])
-    scaling.print_table("What each remedy wins [90%]; outside: of the widths that were trained", [
-        "configuration", "remedy", "FLOPs", "bits per byte", "bits won",
-        "share of what plain bytes lose"], lines)
-
-    lines = []
-    for objective, pairs in PAIRS.items():
-        for budget in sorted({key[2] for key in found}):
-            gaps = [lost(found, objective, names, budget) for names in pairs]
-            if any(gap is not None for gap in gaps):
-                lines.append([objective.upper(), exact(budget),
-                              *("" if gap is None else interval(gap) for gap in gaps)])
-    scaling.print_table("Bits that bytes lose to BPE [90%]", [
-        "objective", "FLOPs", "plain", "both with a convolution", "both with all"], lines)
-
-
-def paint_patches(ax, found, budget, context):
-    """Draw bits per byte against the size of the patch, with BPE as level lines.
-
-    Below each size: how many patches a sequence of context bytes has, in any order for MDM.
+    Of each kind the best remedy counts. BPE has the same kind, or all of it but the patches.
     """
-    for objective in ("ar", "mdm"):
-        curve = {size: found.get(((objective, "byte"), name, budget))
-                 for size, name in ((1, PLAIN), (2, "patch 2"), (4, "patch 4"), (8, "patch 8"))}
-        curve = {size: losses for size, losses in curve.items() if losses is not None}
-        if curve:
-            losses = np.stack(list(curve.values()), axis=1)                             # (S, K)
-            ax.errorbar(list(curve), losses[0], error_bars(losses), fmt="o-", capsize=3,
-                        color=COLORS[objective, "byte"], label=f"{objective.upper()}, bytes")
-        bpe = found.get(((objective, "bpe"), PLAIN, budget))
-        if bpe is not None:
-            ax.axhline(bpe[0], color=COLORS[objective, "bpe"], linestyle="--",
-                       label=f"{objective.upper()}, BPE")
-    sizes = (1, 2, 4, 8)
-    ax.set(xlabel=f"bytes in a patch (patches in {context} bytes)", ylabel="bits per byte")
-    ax.set_xticks(sizes, [f"{size}\n({context // size})" for size in sizes])
+    best = {}
+    for (configuration, remedy, budget), (losses, _, _) in minima.items():
+        key = configuration, kind_of(remedy), budget
+        best[key] = min(best.get(key, losses), losses, key=lambda samples: samples[0])
+    return {(objective, kind, of_bpe, budget): losses - best[(objective, "bpe"), of_bpe, budget]
+            for ((objective, tokenizer), kind, budget), losses in best.items()
+            for of_bpe in dict.fromkeys([kind, without_patches(kind) or kind])
+            if tokenizer == "byte" and ((objective, "bpe"), of_bpe, budget) in best}
 
 
-def paint_won(ax, found, budget):
-    """Draw the bits that each remedy wins in each configuration."""
-    names = list(dict.fromkeys(name for own in REMEDIES.values() for name in own))
-    for shift, configuration in zip((-0.24, -0.08, 0.08, 0.24), CONFIGURATIONS, strict=True):
-        plain = found.get((configuration, PLAIN, budget))
-        own = {y: found[configuration, name, budget] for y, name in enumerate(names)
-               if (configuration, name, budget) in found}
-        if plain is None or not own:
-            continue
-        won = plain[:, None] - np.stack(list(own.values()), axis=1)                     # (S, K)
-        ax.errorbar(won[0], np.array(list(own)) + shift, xerr=error_bars(won), fmt="o", capsize=2,
-                    color=COLORS[configuration], label=CONFIGURATIONS[configuration])
-    ax.set(yticks=range(len(names)), xlabel="bits per byte won")
-    ax.set_yticklabels(names)
-    ax.invert_yaxis()
-    ax.axvline(0, color="0.6")
+def curves_of(minima):
+    """Return {(configuration, remedy but patches, budget): {free positions: losses (S,)}}."""
+    curves = {}
+    for (configuration, remedy, budget), minimum in sorted(
+            minima.items(), key=lambda item: item[1].positions):
+        curve = curves.setdefault((configuration, without_patches(remedy), budget), {})
+        curve[minimum.positions] = minimum.losses
+    return curves
 
 
-def paint_gaps(ax, found):
-    """Draw what bytes lose to BPE against the budget, plain and with remedies on both sides."""
-    budgets, labels = sorted({key[2] for key in found}), ("plain", "convolution", "all remedies")
-    for objective, pairs in PAIRS.items():
-        for style, label, names in zip(("o-", "^:", "s--"), labels, pairs, strict=True):
-            gaps = {budget: lost(found, objective, names, budget) for budget in budgets}
-            gaps = {budget: bits for budget, bits in gaps.items() if bits is not None}
-            if gaps:
-                bits = np.stack(list(gaps.values()), axis=1)                            # (S, K)
-                ax.errorbar(list(gaps), bits[0], error_bars(bits), fmt=style, capsize=3,
-                            color=COLORS[objective, "byte"], label=f"{objective.upper()}, {label}")
-    ax.axhline(0, color="0.6")
-    ax.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte that bytes lose")
-    ax.set_xticks(budgets, [exact(budget) for budget in budgets])
-    ax.minorticks_off()
+# ---- Tables and the figure.
+
+def report(minima, curves):
+    """Print what bytes lose with remedies on both sides, and what each remedy wins."""
+    lost, lines = bits_lost(minima), []
+    for objective, kind, of_bpe, budget in sorted(lost):
+        bits = lost[objective, kind, of_bpe, budget]
+        plain = lost.get((objective, (), (), budget), np.nan)
+        closed = interval(100 - 100 * bits / plain, form=".0f") if kind else ""
+        lines.append([objective.upper(), name_of(kind), name_of(of_bpe), sweep.short(budget),
+                      interval(bits), closed])
+    scaling.print_table(
+        "What bytes lose to BPE with remedies on both sides, the best of each kind [90%]",
+        ["objective", "bytes", "BPE", "FLOPs", "bits lost", "share of the gap closed, %"], lines)
+    lines = []
+    for ((objective, tokenizer), remedy, budget), curve in curves.items():
+        bpe = curves.get(((objective, "bpe"), remedy, budget), {np.inf: None})
+        for positions, losses in curve.items():
+            if tokenizer == "byte" and min(bpe) <= positions <= max(bpe):
+                # Between two of BPE: a straight line in the logarithm of the positions.
+                of_bpe = [np.interp(np.log(positions), np.log(list(bpe)), sample)
+                          for sample in zip(*bpe.values(), strict=True)]
+                lines.append([objective.upper(), name_of(remedy), sweep.short(budget),
+                              f"{positions}", interval(losses - of_bpe)])
+    scaling.print_table(
+        "What bytes lose to BPE that has as many free positions [90%]",
+        ["objective", "other remedies", "FLOPs", "free positions", "bits lost"], lines)
+    lines = []
+    for (configuration, remedy, budget), (losses, outside, positions) in minima.items():
+        plain = minima.get((configuration, (), budget))
+        won = interval(plain.losses - losses, form="+.2f") if remedy and plain else ""
+        lines.append([CONFIGURATIONS[configuration], name_of(remedy), sweep.short(budget),
+                      f"{positions}", f"{losses[0]:.3f}{' (outside)' if outside else ''}", won])
+    scaling.print_table(
+        "What each remedy wins [90%]; outside: of the widths that were trained",
+        ["configuration", "remedy", "FLOPs", "free positions", "bits per byte", "bits won"], lines)
 
 
-def draw(path, found, context):
-    """Draw patches and the gaps, and what each remedy wins at the two budgets with most of them."""
-    budgets = [budget for _, _, budget in found]
-    most = sorted(set(budgets), key=lambda budget: (-budgets.count(budget), -budget))[:2]
+def plot(path, curves):
+    """Draw bits per byte against free positions, at the budget with the most remedies."""
+    budgets = [budget for _, _, budget in curves]
+    most = max(budgets, key=lambda budget: (budgets.count(budget), budget))
+    remedies = sorted({remedy for _, remedy, _ in curves})
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for objective, ax in zip(scaling.TRAIN, figure.subplots(1, 2), strict=True):
+        for (configuration, remedy, budget), curve in curves.items():
+            if (configuration[0], budget) == (objective, most):
+                losses = np.stack(list(curve.values()), axis=1)                         # (S, K)
+                ends = np.quantile(losses[1:], (0.05, 0.95), axis=0, method="nearest")
+                marker = "os^Dv*P<>X"[remedies.index(remedy) % 10]
+                ax.errorbar(list(curve), losses[0], abs(ends - losses[0]), fmt=f"{marker}-",
+                            capsize=3, color=sweep.COLORS[configuration],
+                            label=f"{CONFIGURATIONS[configuration]}, {name_of(remedy)}")
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set(xlabel=f"free positions, at {sweep.short(most)} FLOPs", ylabel="bits per byte [90%]")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=120)
 
-    def paint(axes):
-        paint_patches(axes[0, 0], found, most[0], context)
-        paint_gaps(axes[0, 1], found)
-        axes[0, 0].set_title(f"at {exact(most[0])} FLOPs")
-        for ax, budget in zip(axes[1], sorted(most), strict=False):
-            paint_won(ax, found, budget)
-            ax.set_title(f"at {exact(budget)} FLOPs")
-        axes[1, 1].set_visible(len(most) > 1)
-        # The names are those of the panel to the left.
-        axes[1, 1].set_yticklabels([])
-    scaling.draw(path, (2, 2), (10, 8), paint, share=False, log=False)
-    print(f"\nfigure: {path}")
 
-
-def study(args):
-    """Train the runs that remedies.csv lacks, print the tables, draw the figure."""
-    path, specs = args.out / "remedies.csv", []
-    if not args.plot_only:
-        args.budgets = args.budgets or BUDGETS[run.best_device()]
-        specs = plan(args, sweep.load_corpora(args))
-    rows = sweep.train_missing(specs, path, args, Path("runs/remedies"))
-    if args.dry_run:
-        return
+def main():
+    args = scaling.arguments(__doc__).parse_args()
+    rows = sweep.sweep(args, args.out / "remedies.csv", BUDGETS, plan)
+    text = {key: rows[0][key] for key in ("sha256", "context_bytes")}
+    # Of runs that are not in a table yet, plain ones are for other studies.
+    rows += [row for row in sweep.read_rows(args.out / "queue/runs.csv") if remedy_of(row)]
     rows += sweep.read_rows(args.out / "runs.csv")
-    sweep.check_alike(rows, path)
-    if args.budgets:
-        rows = [row for row in rows if row["flops_budget"] in args.budgets]
-    found, outside = analyse(rows)
-    if not found:
-        raise InputError(f"{path} has too few runs: each remedy needs three widths, and "
-                         f"{args.out / 'runs.csv'} the plain ones")
-    report(found, outside)
-    draw(args.out / "remedies.png", found, rows[0]["context_bytes"])
-    if any(sweep.find(spec, rows) is None for spec in specs):
-        sys.exit(2)
+    rows = {sweep.settings_of(row): row for row in rows if text.items() <= row.items()}
+    minima = analyse(rows.values())
+    if not minima:
+        raise InputError(f"{args.out} has too few runs: each remedy needs three widths")
+    curves = curves_of(minima)
+    report(minima, curves)
+    plot(args.out / "remedies.png", curves)
+
+
+if __name__ == "__main__":
+    run.run_script(main)

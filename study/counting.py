@@ -6,8 +6,6 @@ uniform  all tokens are equally likely
 unigram  a token is as likely as it is in the training text
 bigram   for AR: the pairs of the training text (Witten and Bell, 1991)
 bag      for MDM: the tokens that are visible in the sequence, in any order, and the unigram
-
-Each has the interface of the Transformer: what evaluates trained models evaluates these.
 """
 import argparse
 from pathlib import Path
@@ -23,12 +21,13 @@ import train_ar
 import train_mdm
 
 COUNTED = 2**27                                   # tokens of training text
+CONTEXT = 512                                     # bytes in a sequence
 STRENGTHS = (3, 10, 30, 100, 300, 1000, 3000)     # of the unigram in a bag, in tokens
 COLUMNS = ("tokenizer", "vocab_size", "context_bytes", "sha256", "baseline", "val_bpb")
 
 
 class Unigram(torch.nn.Module):
-    """The same probabilities (V,) at every position. The special id has none."""
+    """The same probabilities (V,) at every position, with the interface of the Transformer."""
 
     def __init__(self, probabilities):
         super().__init__()
@@ -37,8 +36,7 @@ class Unigram(torch.nn.Module):
         self.config = SimpleNamespace(vocab_size=len(probabilities))
 
     def forward(self, inputs, targets):
-        """Return the loss of each token in nats: (B, T)."""
-        return -self.p[targets].log()
+        return -self.p[targets].log()                                                   # (B, T)
 
 
 class Bigram(Unigram):
@@ -73,11 +71,11 @@ class Bag(Unigram):
         return -((seen + self.strength * self.p[targets]) / (total + self.strength)).log()
 
 
-def baselines(corpus, context_bytes):
+def baselines(corpus):
     """Return {name: bits per byte} of a corpus, on the sequences that judge all but tiny runs."""
-    V, context = corpus.tokenizer.vocab_size, corpus.tokens(context_bytes)
+    V, context = corpus.tokenizer.vocab_size, corpus.tokens(CONTEXT)
     bytes_per_id = corpus.tokenizer.bytes_per_id
-    val = data.Sequences(corpus.val, context).spaced(run.VAL_BYTES // context_bytes)
+    val = data.Sequences(corpus.val, context).spaced(run.VAL_BYTES // CONTEXT)
     text = np.asarray(corpus.train[:COUNTED])
     # As if each token had been seen once more.
     p = (np.bincount(text, minlength=V) + 1) / (len(text) + V)
@@ -98,10 +96,11 @@ def ngrams(text, sequences, positions, orders):
     mixes the unigram so with equal chances for all bytes (Witten and Bell, 1991).
     sequences (N, T), positions (N, P), none of them below orders.
     """
-    p, wanted = 1 / 256, np.arange(256, dtype=np.uint64)
-    # Strings as numbers, their first byte the highest: those of text, and those that end in wanted.
-    strings = np.zeros(len(text) + 1, dtype=np.uint64)
+    # Strings as numbers: those in text, and c with each byte that may follow it.
+    strings, wanted = np.zeros(len(text) + 1, dtype=np.uint64), np.arange(256, dtype=np.uint64)
+    p = 1 / 256
     for order in range(orders + 1):
+        # One byte more in front.
         shift = np.uint64(8 * order)
         strings = strings[1:] | text[:len(text) - order].astype(np.uint64) << shift
         if order > 0:
@@ -120,14 +119,12 @@ def ngrams(text, sequences, positions, orders):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data", default="pysrc", help="a corpus by name, or a file or folder")
-    parser.add_argument("--vocab", type=run.count, default=4096)
-    parser.add_argument("--context", type=run.count, default=512, help="bytes in a sequence")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the table")
     args, rows = parser.parse_args(), []
     for tokenizer in ("byte", "bpe"):
-        corpus = data.load(args.data, tokenizer, args.vocab)
-        about = [tokenizer, corpus.tokenizer.vocab_size, args.context, corpus.meta["sha256"]]
-        for name, bpb in baselines(corpus, args.context).items():
+        corpus = data.load(args.data, tokenizer)
+        about = [tokenizer, corpus.tokenizer.vocab_size, CONTEXT, corpus.meta["sha256"]]
+        for name, bpb in baselines(corpus).items():
             rows.append([*about, name, bpb])
             print(f"{tokenizer:4}  {name:7}  {bpb:.3f} bits per byte", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

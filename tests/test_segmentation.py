@@ -114,7 +114,8 @@ def test_both_readings_see_what_is_before_a_position_and_nothing_else():
 
 def test_the_best_plain_runs_of_a_text_are_chosen(monkeypatch):
     corpus = SimpleNamespace(meta={"sha256": "this"})
-    plain = dict.fromkeys(scaling.SETTINGS, 8) | {"tokenizer": "byte", "corpus": corpus.meta}
+    plain = dict.fromkeys(scaling.SETTINGS | scaling.RESULTS, 8)
+    plain |= {"tokenizer": "byte", "corpus": corpus.meta}
     # As the code before the two floors wrote them, and as it writes them now.
     older = plain | {"schedule": None, "conv": 0, "patch": 1, "shuffle": 1, "span": 1, "depth": 2}
     results = {"a": older | {"objective": "ar", "val_bpb": 3.0},

@@ -1,0 +1,285 @@
+"""study.report, study.laws, study.coverage: planted laws and gaps, and the published tables."""
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line, here
+
+import scaling
+from model import Config
+from study import coverage, laws, report
+
+RESULTS = ROOT / "results"
+LAWS = [dict(E=1.1, A=80, B=600, alpha=0.35, beta=0.42),
+        dict(E=0.6, A=12, B=60, alpha=0.2, beta=0.25),
+        dict(E=0, A=400, B=410, alpha=0.34, beta=0.28)]
+# Rows that study.report prints, in this order: minima, costs, FLOPs counted otherwise, MDM beside
+# AR, changes, trends, laws; then those of English.
+PRINTED = (
+    "AR, BPE | 2.025 (3.8e4) * | 1.840 (7.5e4) | 1.654 (1.6e5) | 1.497 (3.2e5) "
+    "| 1.313 (6.9e5) (outside) |",
+    "MDM, BPE | 2.709 (1.2e4) * | 2.572 (2.4e4) * | 2.339 (5.2e4) |", "AR | 1e13 | 0.439 [",
+    "AR | 3e13 | 0.405 [", "MDM | 1e13 | 0.768 [", "AR | 3e12 | 0.442 [", "MDM | 3e12 | 0.909 [",
+    "1e13 | +0.33 [", "3e12 | 1e14 | -0.11 [", "AR | 1e12 | -0.11 [", "AR | 3e12 | -0.17 [",
+    "AR | all | 0.00 [", "MDM | past counting | 0.00 [",
+    "MDM, bytes | 3.633 (7.1e4) | 3.297 (1.3e5) | 3.050 (2.1e5) |", "AR | 3e12 | 0.488 [",
+    "3e12 | 3e13 | -0.13 [", "AR | -0.02 [")
+# What d87cd5a prints of the same runs: bits per byte lost, and G.
+ONE_POOL = {
+    "ar": ["0.695 [0.674, 0.717], 14.6 [13.2, 16.2]", "0.510 [0.489, 0.531], 14.6 [12.7, 16.2]",
+           "0.439 [0.416, 0.460], 13.2 [11.6, 14.6]", "0.405 [0.381, 0.430], 9.87 [8.14, above 10]",
+           "0.398 [0.369, 0.424], above 3"],
+    "mdm": ["1.01 [0.961, 1.06], 58.9 [48.1, 75.3]", "0.828 [0.792, 0.864], 41.4 [31.5, 52.8]",
+            "0.768 [0.729, 0.812], above 30", "0.675 [0.632, 0.721], above 10",
+            "0.662 [0.600, 0.731], above 3"]}
+BUDGETS = (1e12, 3e12, 1e13, 3e13, 1e14, 3e14)
+
+
+def loss(law, N, D):
+    return law["E"] + law["A"] / N ** law["alpha"] + law["B"] / D ** law["beta"]
+
+
+def design():
+    """Return N and D of a sweep: four widths at each of five budgets."""
+    runs = [(C, Config(width=width)) for C in BUDGETS[:5] for width in scaling.bracket("ar", C)]
+    N = np.array([16.0 * config.width**2 * config.depth for _, config in runs])
+    return N, np.array([C / config.flops_per_token() for C, config in runs])
+
+
+def planted(frontiers, noise=lambda C: 1e-6):
+    """Return rows of a study; frontiers: {configuration: L*(C)}; noise(C): the sd of the losses."""
+    rng, rows = np.random.default_rng(0), []
+    for (objective, tokenizer), frontier in frontiers.items():
+        vocab_size, context = (256, 512) if tokenizer == "byte" else (4096, 160)
+        for budget in BUDGETS:
+            for width in scaling.bracket(objective, budget) * 2:
+                N = 16 * width**2 * Config(width=width).depth
+                offset = np.log(N / 1e5 / (budget / 1e13) ** 0.6)
+                bpb = frontier(budget) + 0.05 * offset**2 + noise(budget) * rng.standard_normal()
+                rows.append(dict.fromkeys(scaling.SETTINGS, 0) | {
+                    "objective": objective, "tokenizer": tokenizer, "vocab_size": vocab_size,
+                    "context_tokens": context, "flops_budget": budget, "width": width,
+                    "params_non_embedding": N, "val_bpb": bpb})
+    return sorted(rows, key=scaling.settings_of)
+
+
+def falling(factor, power=0):
+    """Return frontiers in which bytes need factor (C / 1e13)^power times the C of BPE."""
+    def bpe(C):
+        return 40 * C**-0.1
+
+    def byte(C):
+        # C = factor (c / 1e13)^power c, where c is what BPE needs.
+        return bpe((C / factor * 1e13**power) ** (1 / (1 + power)))
+
+    return {key: byte if key[1] == "byte" else bpe for key in scaling.CONFIGURATIONS}
+
+
+# ---- A law of size and text.
+
+@pytest.mark.parametrize("kind", ["squares", "huber"])
+@pytest.mark.parametrize("law", LAWS)
+def test_a_planted_law_is_recovered_from_losses_without_noise(law, kind):
+    N, D = design()
+    fitted = laws.fit_law(N, D, loss(law, N, D), kind)
+    assert fitted.keys() == law.keys()
+    assert fitted == pytest.approx(law, rel=2e-3, abs=1e-3)
+    assert loss(fitted, N, D) == pytest.approx(loss(law, N, D), rel=1e-5)
+
+
+def test_huber_recovers_a_law_as_epochs_from_240_points_with_outliers():
+    law = dict(E=1.817, A=482, B=2085, alpha=0.348, beta=0.366)
+    rng = np.random.default_rng(0)
+    N, C = np.exp(rng.uniform(np.log(5e7), np.log(1.6e10), 240)), 10 ** rng.uniform(18, 22, 240)
+    D = C / 6 / N
+    L = loss(law, N, D) * np.exp(2e-3 * rng.standard_normal(240))
+    L[rng.choice(240, 8, replace=False)] *= 1.3
+    huber, squares = (laws.fit_law(N, D, L, kind) for kind in ("huber", "squares"))
+    for key, error in (("E", 0.02), ("alpha", 0.015), ("beta", 0.015)):
+        assert huber[key] == pytest.approx(law[key], abs=error)
+    errors = [np.abs(np.log(loss(fitted, N, D) / loss(law, N, D))).mean()
+              for fitted in (huber, squares)]
+    assert errors[0] < 0.002 < 0.006 < errors[1]
+
+
+def test_huber_ends_at_the_minimum_of_its_function():
+    rng, (N, D) = np.random.default_rng(3), design()
+    L = loss(LAWS[1], N, D) * np.exp(0.01 * rng.standard_t(2, len(N)))
+
+    def total(law):
+        r = np.abs(np.log(L / loss(law, N, D)))
+        return np.where(r < 0.01, r**2 / 2, 0.01 * (r - 0.005)).sum()
+
+    fitted = laws.fit_law(N, D, L, "huber", delta=0.01)
+    for step in np.exp(0.003 * rng.standard_normal((300, 5))):
+        other = {key: value * step[i] for i, (key, value) in enumerate(fitted.items())}
+        assert total(other) > total(fitted) * (1 - 1e-3)
+
+
+# ---- Frontiers that share E.
+
+def test_frontiers_with_one_E_recover_it_and_their_parity():
+    """E, K and gamma are planted; the frontiers of AR meet at 1e20, those of MDM never."""
+    E, C = 0.7, np.repeat(BUDGETS, 4)
+    planted_laws = {("ar", "bpe"): (30, 0.12), ("ar", "byte"): (30 * 1e20**0.02, 0.14),
+                    ("mdm", "bpe"): (40, 0.12), ("mdm", "byte"): (50, 0.11)}
+    rng = np.random.default_rng(0)
+    runs = {key: (C, E + K * C**-gamma + 1e-3 * rng.standard_normal((21, len(C))))
+            for key, (K, gamma) in planted_laws.items()}
+    entropy, fitted = laws.fit_frontiers(runs, highest=1.2)
+    assert entropy.mean() == pytest.approx(E, abs=0.03) and entropy.shape == (21,)
+    for key, (K, gamma) in planted_laws.items():
+        assert fitted[key][1].mean() == pytest.approx(gamma, abs=0.005)
+        np.testing.assert_allclose(laws.frontier(entropy, fitted[key], C).mean(axis=0),
+                                   E + K * C**-gamma, atol=1e-3)
+    met = laws.parity(fitted["ar", "byte"], fitted["ar", "bpe"])
+    assert np.median(np.log10(met)) == pytest.approx(20, abs=0.5)
+    assert np.isinf(laws.parity(fitted["mdm", "byte"], fitted["mdm", "bpe"])).all()
+
+
+# ---- G, its trend, and other ways to count FLOPs.
+
+def test_G_is_read_at_most_half_a_decade_beyond_the_last_budget():
+    """Bytes need 20 times the compute: 2e14, 6e14 and 2e15 for the last three budgets of BPE."""
+    rows = planted(falling(20))
+    fits = scaling.fit_minima(rows)
+    gap = report.gaps_of(fits)["ar"]
+    np.testing.assert_allclose(gap.limits * gap.budgets, 3e14 * 10**0.5)
+    assert gap.G[0, :4] == pytest.approx(np.full(4, 20), rel=1e-3)
+    assert np.isinf(gap.G[:, 4:]).all()
+    assert np.isinf(scaling.gaps_between(fits)["ar"].G[:, 3]).all()
+    # Without what its size costs it, a run has the loss of the frontier.
+    for (C, losses), frontier in zip(laws.losses_at_best_size(rows, fits).values(),
+                                     falling(20).values(), strict=True):
+        np.testing.assert_allclose(losses[0], frontier(C), rtol=1e-4)
+
+
+@pytest.mark.parametrize("power", [-0.2, 0, 0.1])
+def test_a_planted_trend_of_G_is_recovered(power):
+    gap = report.gaps_of(scaling.fit_minima(planted(falling(10, power))))["mdm"]
+    for lowest in (1e12, 3e12):
+        assert report.trend(gap, lowest)[0] == pytest.approx(power, abs=0.01)
+    assert report.trend(gap, 1e14) is None
+
+
+def test_a_budget_counts_in_the_trend_if_95_percent_of_the_samples_have_a_G():
+    G = np.full((401, 3), 10.0)
+    G[:, 2], G[1:11, 1], G[1:31, 2] = 1, np.inf, np.inf
+    gap = scaling.Gap(np.array([1e12, 1e13, 1e14]), G, G, np.array([300, 30, 3]))
+    slopes = report.trend(gap, 0)
+    assert (slopes[11:] == 0).all() and slopes[1:11] == pytest.approx(np.log10(3))
+
+
+def test_the_FLOPs_that_need_not_be_counted_are_half_of_attention_and_of_the_head():
+    for width in (32, 128, 576):
+        full = Config(4096, 160, width)
+        assert (full.flops_per_token() - report.UNCHARGED["ar"](full)
+                == Config(4096, 80, width).flops_per_token())
+        assert (full.flops_per_token() - report.UNCHARGED["mdm"](full)
+                == Config(2048, 160, width).flops_per_token())
+
+
+def test_bytes_that_are_charged_for_half_of_their_FLOPs_need_half_as_many():
+    rows = planted(falling(16))
+    fits = scaling.fit_minima(rows)
+
+    def half_of_bytes(config):
+        return config.flops_per_token() / 2 if config.vocab_size == 256 else 0
+
+    counted = report.counted_by(half_of_bytes, rows, fits)
+    gap = report.gaps_of(scaling.fit_minima(counted))["ar"]
+    assert gap.G[0, :4] == pytest.approx(np.full(4, 8), rel=0.02)
+    before = [row["val_bpb"] for row in rows if row["tokenizer"] == "bpe"]
+    assert [row["val_bpb"] for row in counted if row["tokenizer"] == "bpe"] == before
+
+
+# ---- Context.
+
+def test_the_best_context_is_that_of_the_lowest_mean_over_seeds():
+    """Bytes: 128 has the lower mean, 512 the lowest run. G: bytes at 1e14 have what BPE has."""
+    losses = {("byte", 1e13, 512): (2.00, 2.40), ("byte", 1e13, 128): (2.05, 2.07),
+              ("byte", 1e14, 128): (1.80, 1.82), ("byte", 1e14, 512): (1.95, 1.97),
+              ("bpe", 1e13, 512): (1.90, 1.92), ("bpe", 1e13, 256): (1.80, 1.82)}
+    samples = report.mean_losses(
+        {"objective": objective, "tokenizer": tokenizer, "flops_budget": budget, "width": 64,
+         "context_bytes": context, "val_bpb": bpb} for objective in scaling.TRAIN
+        for (tokenizer, budget, context), values in losses.items() for bpb in values)
+    best = report.lowest(samples, {128, 256, 512})
+    assert best["ar", "byte"].best == [(128, 64), (128, 64)]
+    gap, plain = (scaling.gaps_between(fits)["ar"]
+                  for fits in (best, report.lowest(samples, {512})))
+    assert (gap.bits[0], plain.bits[0]) == (pytest.approx([0.25]), pytest.approx([0.29]))
+    assert gap.G[0] == pytest.approx([10])
+    # Two pairs of seeds, with an sd of 0.0141 by two degrees of freedom, and means of two.
+    noise = samples[("mdm", "bpe"), 1e13, 256, 64][1:] - 1.81
+    assert np.quantile(noise, 0.95) == pytest.approx(2.92 * 0.0141 / 2**0.5, rel=0.2)
+
+
+# ---- Coverage.
+
+def test_intervals_hold_the_truth_as_often_as_they_say_if_all_runs_are_as_noisy():
+    rows = planted(falling(8))
+    truth, noise = np.array([row["val_bpb"] for row in rows]), np.full(len(rows), 0.02)
+    for (_, name), shares in coverage.coverage(rows, truth, noise, scaling.resample, 80).items():
+        held = shares[np.isfinite(shares)]
+        assert len(held) == (6 if name == "bits" else 5)
+        assert 0.85 < held.mean() < 0.97 and held.min() > 0.75
+
+
+def test_noise_is_measured_by_budget():
+    rows = planted(falling(8), noise=lambda C: 0.02 if C < 5e13 else 0.005)
+    C, N, L = scaling.runs_of(rows, ("ar", "byte"))
+    _, sd = coverage.fit_and_noise(C, N, L)
+    assert sd == pytest.approx(np.where(C < 5e13, 0.02, 0.005), rel=0.6)
+    # A single run at the last budget fits exactly: the noise is that of the budget below.
+    fitted, sd = coverage.fit_and_noise(C[:-7], N[:-7], L[:-7])
+    assert sd[-1] == sd[-2] and fitted[-1] == pytest.approx(L[-8])
+
+
+# ---- The published tables.
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The folder of the tables, and what the report prints of it; 1e+12 is 1e12."""
+    folder = tmp_path_factory.mktemp("published")
+    for name in ("runs", "baselines", "sensitivity"):
+        shutil.copy(RESULTS / f"{name}.csv", folder)
+    (folder / "english").mkdir()
+    for name in ("runs", "baselines"):
+        shutil.copy(RESULTS / "english" / f"{name}.csv", folder / "english")
+    done = here(folder, "study.report", "--out", ".")
+    assert done.returncode == 0, done.stderr
+    return folder, re.sub(r"e\+0?(\d)", r"e\1", done.stdout)
+
+
+def test_the_report_prints_its_tables(published):
+    folder, text = published
+    rows = iter(text.splitlines())
+    for start in PRINTED:
+        assert any(row.startswith(f"| {start}") for row in rows), f"not in this order: {start}"
+    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_pool_of_residuals_gives_the_intervals_of_d87cd5a():
+    rows = report.rows_of(RESULTS / "runs.csv")
+    gaps = scaling.gaps_between(scaling.fit_minima(rows, coverage.from_one_pool))
+    assert ONE_POOL == {
+        objective: [f"{scaling.interval(gap.bits[:, k])}, "
+                    f"{scaling.interval(gap.G[:, k], gap.limits[k])}" for k in range(5)]
+        for objective, gap in gaps.items()}
+
+
+def test_the_contexts_of_the_published_runs(published):
+    text = here(published[0], "study.report", "context", "--out", ".").stdout
+    for row in ("| AR, BPE | 1.645 (256, 64) |", "| AR, bytes | 1.996 (128, 64) |",
+                "| MDM, BPE | 2.311 (256, 48) |", "| MDM, bytes | 2.945 (128, 64) |"):
+        assert row in text
+    # No short context was tried at a larger budget, so G is not known.
+    assert re.search(r"AR [|] 1e.13 [|] 0.433 .* [|] 0.350 .* [|] -0.08 .* [|]  [|]", text)
+
+
+def test_a_table_without_minima_is_one_line(tmp_path):
+    rows = (RESULTS / "runs.csv").read_text().splitlines()[:9]
+    (tmp_path / "runs.csv").write_text("\n".join(rows) + "\n")
+    assert_one_line(here(tmp_path, "study.report", "--out", "."), "runs.csv", "minima")

@@ -64,7 +64,7 @@ def folder_of(spec):
 def command(spec, args, out):
     """Return the run as arguments of Python."""
     words = scaling.command(spec, args, out)
-    script = words.index(f"train_{spec['objective']}.py")
+    script = words.index("--tokenizer") - 1
     words[script:script + 1] = ["-m", "study.train", spec["objective"]]
     for key, value in flags_of(spec).items():
         words += [f"--{key.replace('_', '-')}", str(value)]

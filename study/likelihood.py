@@ -179,16 +179,16 @@ def measure(readings, matches):
 
     readings: of read_bits, bytes and BPE. matches: {length: of repeated}. Length 0: all sequences.
     """
-    # Sequence i of both is about the same text. The first sample is all of them.
+    # The sequences of both are spaced alike over the text: number i of both is about one place.
     N = min(len(bits) for bits, _, _ in readings)
     samples = np.random.default_rng(0).integers(N, size=(RESAMPLES, N))
-    samples = np.concatenate([np.arange(N)[None], samples])                             # (S, N)
     for length in (0, *matches):
         values, counts = [], []
         for bits, begin, end in readings:
             free = without_match(begin, end, matches[length], length) if length else begin >= 0
             bits, nbytes = bits * free, (end - begin) * free
-            values.append(bits[samples].sum(axis=1) / nbytes[samples].sum(axis=1))      # (S,)
+            sampled = bits[samples].sum(axis=1) / nbytes[samples].sum(axis=1)
+            values.append(np.append(bits.sum() / nbytes.sum(), sampled))                # (1 + S,)
             counts.append(int(free.sum()))
         gap = values[0] - values[1]
         if length == 0:
@@ -241,7 +241,7 @@ def main():
     flag("runs", type=Path, nargs="*", help="run folders (default: the best in runs/gap)")
     flag("--sequences", type=run.count, default=16, help="of validation text, in all their orders")
     flag("--orders", type=run.count, default=16, help="of reading, in a mixture")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     rows, columns, show = STUDIES[args.study]
     path = args.out / f"{args.study}.csv"
     if not args.plot_only:

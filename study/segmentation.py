@@ -308,7 +308,7 @@ def main():
     parser = arguments(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", help="run folders (default: in runs/gap)")
     parser.add_argument("--vocab", type=run.count, default=4096, help="tokens of the BPE")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     areas, line = args.out / "segmentation.csv", args.out / "entropy.csv"
     if not args.plot_only:
         byte, bpe = data.load(args.data), data.load(args.data, "bpe", args.vocab)

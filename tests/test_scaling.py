@@ -23,7 +23,8 @@ from model import Config
 
 PUBLISHED = ROOT / "results" / "runs.csv"
 TINY = ("--data", "text.txt", "--vocab", 300, "--context", 64, "--widths", 16, "--jobs", 2)
-# The lowest losses, the IsoFLOP minima and the gap, as commit d87cd5a prints them.
+# The lowest losses, the IsoFLOP minima and the gap, as commit d87cd5a prints them but for the
+# intervals: its samples drew all residuals from one pool (tests/test_report.py).
 TABLES = """
 AR, BPE|2.020 (32)|1.839 (48)|1.656 (64)|1.496 (96)|1.311 (128)|
 AR, bytes|2.693 (32)|2.330 (48)|2.093 (48)|1.898 (96)|1.742 (128)|1.497 (192)
@@ -33,16 +34,16 @@ AR, BPE|2.025 (3.8e4)|1.840 (7.5e4)|1.654 (1.6e5)|1.497 (3.2e5)|1.313 (6.9e5)|
 AR, bytes|2.720 (2.4e4)|2.351 (5.3e4)|2.093 (1.3e5)|1.902 (2.9e5)|1.711 (7e5)|1.494 (1.6e6)
 MDM, BPE|2.709 (1.2e4)|2.572 (2.4e4)|2.339 (5.2e4)|2.166 (1e5)|1.948 (2.3e5)|
 MDM, bytes|3.718 (2.5e4)|3.400 (5.6e4)|3.107 (1.4e5)|2.841 (3e5)|2.610 (7.3e5)|2.423 (1.6e6)
-AR|1e12|0.695 [0.674, 0.717]|14.6 [13.2, 16.2]
-AR|3e12|0.510 [0.489, 0.531]|14.6 [12.7, 16.2]
-AR|1e13|0.439 [0.416, 0.460]|13.2 [11.6, 14.6]
-AR|3e13|0.405 [0.381, 0.430]|9.87 [8.14, above 10]
-AR|1e14|0.398 [0.369, 0.424]|above 3
-MDM|1e12|1.01 [0.961, 1.06]|58.9 [48.1, 75.3]
-MDM|3e12|0.828 [0.792, 0.864]|41.4 [31.5, 52.8]
-MDM|1e13|0.768 [0.729, 0.812]|above 30
-MDM|3e13|0.675 [0.632, 0.721]|above 10
-MDM|1e14|0.662 [0.600, 0.731]|above 3
+AR|1e12|0.695 [0.661, 0.726]|14.6 [13.1, 15.9]
+AR|3e12|0.510 [0.487, 0.533]|14.6 [13.1, 16.1]
+AR|1e13|0.439 [0.418, 0.457]|13.2 [11.8, 14.7]
+AR|3e13|0.405 [0.383, 0.422]|9.87 [8.27, above 10]
+AR|1e14|0.398 [0.375, 0.428]|above 3
+MDM|1e12|1.01 [0.950, 1.07]|58.9 [48.7, 73.1]
+MDM|3e12|0.828 [0.784, 0.873]|41.4 [31.9, 54.6]
+MDM|1e13|0.768 [0.732, 0.808]|above 30
+MDM|3e13|0.675 [0.642, 0.706]|above 10
+MDM|1e14|0.662 [0.605, 0.715]|above 3
 """
 
 
@@ -66,21 +67,13 @@ def plot_only(folder):
 # ---- Tables and figures.
 
 def test_the_published_runs_have_their_published_tables(table):
-    """Digit for digit; "above N" where bytes do not reach BPE."""
+    """Digit for digit; "above N" where bytes do not reach BPE; only runs by the rules."""
     done = plot_only(table.parent)
     assert done.returncode == 0, done.stderr
     assert rows_of(done.stdout) == [line.replace("|", " | ") for line in TABLES.split("\n")[1:-1]]
     assert table.read_bytes() == PUBLISHED.read_bytes()
     for name in ("isoflops.png", "gap.png"):
         assert (table.parent / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_runs_of_other_rates_or_batches_stay_out_of_the_tables(table):
-    before = rows_of(plot_only(table.parent).stdout)
-    row = scaling.read_rows(table)[0]
-    for change in ({"lr": 0.5}, {"batch_tokens": 160}):
-        scaling.add_row(table, row | change | {"val_bpb": 1.0})
-    assert rows_of(plot_only(table.parent).stdout) == before
 
 
 def drawn(gaps, monkeypatch):
@@ -346,11 +339,12 @@ def test_a_sweep_notices_that_its_text_has_changed(swept, monkeypatch):
 def test_a_stopped_sweep_stops_its_runs(swept):
     """Promise: Ctrl-C and SIGTERM end a sweep at once, its children with it."""
     workplace = swept[0]
-    flags = command("scaling.py", *TINY, "--budgets", "1e14", "--out", "stopped")
+    flags = command("scaling.py", *TINY, "--budgets", "1e14", "--jobs", 1,
+                    "--out", "stopped")
     sweep = subprocess.Popen(flags, cwd=workplace, stdout=subprocess.PIPE, text=True,
                              stderr=subprocess.PIPE)
     outputs = []
-    while len(outputs) < 2:
+    while not outputs:
         assert sweep.poll() is None, sweep.communicate()
         outputs = [path for path in workplace.glob("runs/gap/*c1e*14-*/output.txt")
                    if "it/s" in path.read_text()]

@@ -231,7 +231,8 @@ def test_a_batch_in_pieces_trains_as_one(workplace):
     folders = []
     for micro in (832, 640, 64):
         folders.append(workplace / f"micro-{micro}")
-        done = train(workplace, "mdm", folders[-1], "--flops", 2e9, "--batch", 832, "--micro", micro)
+        done = train(workplace, "mdm", folders[-1], "--flops", 2e9, "--batch", 832, "--micro",
+                     micro)
         assert done.returncode == 0, done.stderr
     for folder in folders[1:]:
         bpb = result_of(folders[0])["val_bpb"]

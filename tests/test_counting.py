@@ -49,19 +49,14 @@ def witten_bell(text, context, byte):
 
 
 def test_ngram_models_follow_their_formula_and_sum_to_one():
-    text = b"ab ab  ac ab abcabc"
-    sequences = np.frombuffer(b"xxab abcab" b"ac abxab c", dtype=np.uint8).reshape(2, 10)
-    positions = np.array([[4, 9], [3, 7]])
-    array = np.frombuffer(text, dtype=np.uint8)
-    models = list(counting.ngrams(array, sequences.astype(int), positions, 3))
-    assert len(models) == 3
-    for order, p in enumerate(models, 1):
+    text, positions = b"ab ab  ac ab abcabc", np.array([[4, 9], [3, 7]])
+    sequences = np.frombuffer(b"xxab abcabac abxab c", dtype=np.uint8).reshape(2, 10)
+    models = counting.ngrams(np.frombuffer(text, np.uint8), sequences.astype(int), positions, 3)
+    for order, p in zip((1, 2, 3), models, strict=True):
         assert p.shape == (2, 2, 256) and p.sum(axis=2) == pytest.approx(np.ones((2, 2)))
-        for n, k in itertools.product(range(2), range(2)):
-            at = positions[n, k]
-            context = sequences[n, at - order:at].tobytes()
-            for byte in b"abc x":
-                assert p[n, k, byte] == pytest.approx(witten_bell(text, context, byte))
+        for n, k, byte in itertools.product(range(2), range(2), b"abc x"):
+            context = sequences[n, positions[n, k] - order:positions[n, k]].tobytes()
+            assert p[n, k, byte] == pytest.approx(witten_bell(text, context, byte))
 
 
 def test_the_command_writes_a_line_for_each_baseline(workplace):

@@ -21,15 +21,14 @@ from study import segmentation
 def test_auroc_is_the_share_of_pairs_in_order(levels):
     rng = np.random.default_rng(levels)
     scores, positive = rng.integers(levels, size=200) / 7, rng.random(200) < 0.3
-    pairs = itertools.product(scores[positive], scores[~positive])
-    share = np.mean([(a > b) + (a == b) / 2 for a, b in pairs])
+    a, b = scores[positive][:, None], scores[~positive]
+    share = ((a > b) + (a == b) / 2).mean()
     assert segmentation.auroc(scores, positive) == pytest.approx(share)
     assert segmentation.auroc(scores, scores > scores.min()) == 1
     assert math.isnan(segmentation.auroc(scores, scores > 9999))
 
 
 def test_a_reading_is_judged_over_sequences_and_within_identifiers():
-    """Sequences that are all alike have no spread; the truth is inside the interval of others."""
     rng = np.random.default_rng(0)
     starts, inside = rng.random((64, 50)) < 0.3, rng.random((64, 50)) < 0.5
     # Within identifiers the scores are better: one standard deviation apart, outside none.
@@ -38,15 +37,11 @@ def test_a_reading_is_judged_over_sequences_and_within_identifiers():
     resamples = rng.integers(64, size=(200, 64))
     bpb, area, within = segmentation.judge(reading, starts, inside, resamples)
     assert bpb[0] == pytest.approx((scores**2).mean())
-    assert bpb[3] == pytest.approx((scores[resamples[2]]**2).mean())
+    assert bpb[3] == pytest.approx((scores[resamples[2]] ** 2).mean())
     assert area[0] == segmentation.auroc(scores.ravel(), starts.ravel())
     value, low, high = segmentation.with_interval(within)
-    expected = 0.5 * (1 + math.erf(0.5))
-    assert low < value < high and low < expected < high and high - low < 0.15
+    assert low < 0.5 * (1 + math.erf(0.5)) < high and low < value < high < low + 0.15
     assert segmentation.with_interval(area)[2] < low
-    alike = [0] * 64
-    same = segmentation.judge(reading[:, alike], starts[alike], inside[alike], resamples)
-    assert np.ptp(same, axis=1) == pytest.approx(0)
 
 
 def test_the_mask_of_identifiers_by_hand():
@@ -62,9 +57,8 @@ def test_planted_curves_are_compared_at_equal_bits_per_byte():
     bpb = np.array([[3.0, 3.5], [2.0, 2.5], [2.4, 2.9]])
     curve = np.stack([bpb, 1 - bpb / 10 + [0, 0.05]], axis=1)                     # (3, 2, 2)
     assert segmentation.at_equal_bpb(curve, [2.2, 3.1]) == pytest.approx([0.78, 0.74])
-    assert segmentation.at_equal_bpb(curve, [2.4, 2.5]) == pytest.approx([0.76, 0.8])
     assert np.isnan(segmentation.at_equal_bpb(curve, [1.9, 3.6])).all()
-    # A model that detects less at 2 bits per byte is told so, and one beyond AR's is not.
+    # MDM detects less than AR at 2 bits per byte; no AR run is as bad as the n-gram model.
     rng = np.random.default_rng(0)
     starts = rng.random((8, 40)) < 0.3
     noise = rng.standard_normal((8, 40))
@@ -78,23 +72,14 @@ def test_planted_curves_are_compared_at_equal_bits_per_byte():
     assert 0 < rows[2]["ahead_low"] < rows[2]["ahead"] < rows[2]["ahead_high"]
     assert math.isnan(rows[3]["ahead"]) and math.isnan(rows[0]["ahead"])
     assert segmentation.ahead(rows[3], "ahead", 3.0) == "no AR run that bad"
-    assert segmentation.ahead(rows[3], "ahead", 4.0) == "no AR run that good"
 
 
 def test_token_starts_cut_the_text_into_its_tokens(source_text):
     tokenizer = Tokenizer(train_bpe(source_text[:50_000], 400))
     ids = tokenizer.encode(source_text[:5000])
     starts = segmentation.token_starts(tokenizer, ids)
-    assert len(starts) == 5000
-    ends = [*np.flatnonzero(starts), 5000]
-    pieces = [source_text[a:b] for a, b in itertools.pairwise(ends)]
-    assert pieces == [tokenizer.decode([i]) for i in ids]
-
-
-def measured(logits, target):
-    """Return the entropy of a prediction and the surprisal of the target, in bits."""
-    p = logits.double().softmax(dim=-1).numpy()
-    return pytest.approx([-(p * np.log2(p)).sum(), -np.log2(p[target])], abs=1e-4)
+    pieces = [source_text[a:b] for a, b in itertools.pairwise([*np.flatnonzero(starts), 5000])]
+    assert len(starts) == 5000 and pieces == [tokenizer.decode([i]) for i in ids]
 
 
 @torch.no_grad()
@@ -104,12 +89,16 @@ def test_both_readings_see_what_is_before_a_position_and_nothing_else():
     ar, mdm = (randomize(Transformer(Config(20, 24, 32, causal)), 0.3) for causal in (True, False))
     by_ar = segmentation.read_ar(ar, ids, positions)
     by_mdm = segmentation.read_left(mdm, ids, positions)
+
+    def bits(logits, target):
+        p = logits.double().softmax(dim=-1).numpy()
+        return pytest.approx([-(p * np.log2(p)).sum(), -np.log2(p[target])], abs=1e-4)
     for n, p in itertools.product(range(2), range(20)):
         at = positions[n, p]
         before = torch.cat([torch.tensor([20]), ids[n, :at]])
-        assert by_ar[:, n, p].tolist() == measured(ar(before[None])[0, -1], ids[n, at])
+        assert by_ar[:, n, p].tolist() == bits(ar(before[None])[0, -1], ids[n, at])
         masked = torch.cat([ids[n, :at], torch.full((24 - at,), 20)])
-        assert by_mdm[:, n, p].tolist() == measured(mdm(masked[None])[0, at], ids[n, at])
+        assert by_mdm[:, n, p].tolist() == bits(mdm(masked[None])[0, at], ids[n, at])
 
 
 def test_the_best_plain_runs_of_a_text_are_chosen(monkeypatch):

@@ -42,12 +42,10 @@ def test_texts_are_written_with_their_exact_probabilities(causal, variant):
     if causal:
         inputs, _ = corrupt_ar(TEXTS, 2, None, model.config.patch)
         exact = (-model(inputs, TEXTS).sum(dim=1)).exp().numpy()
-        ids = list(sample.generate(model, torch.zeros(4000, 0, dtype=torch.long), 4))
-        ids = torch.stack(ids, dim=1)
+        ids = torch.stack([*sample.generate(model, torch.zeros(4000, 0).long(), 4)], dim=1)
     else:
         exact = (2 ** -bits_by_enumeration(model, TEXTS)).mean(axis=0)
-        masked = torch.ones(4, dtype=torch.bool)
-        *_, ids = sample.fill(model, torch.full((4000, 4), 2), masked, 4)
+        *_, ids = sample.fill(model, torch.full((4000, 4), 2), torch.ones(4).bool(), 4)
     counts = np.bincount(ids.numpy() @ [8, 4, 2, 1], minlength=16)
     statistic, wrong = (((counts - 4000 * p) ** 2 / (4000 * p)).sum()
                         for p in (exact, np.roll(exact, 1)))
@@ -86,13 +84,10 @@ def test_scores_are_the_evaluation_of_ar_and_the_bound_of_mdm():
 @pytest.fixture(scope="module")
 def folder(workplace):
     """Train tiny variants on bytes. Return the folder that holds them."""
-    flags = {"patch": ("--patch", 4, "--conv", 3), "ngram": ("--ngram", 3, "--depth", 3)}
-    runs = {f"{objective}-{name}": (objective, *flags[name])
-            for objective, name in itertools.product(("ar", "mdm"), flags)}
-    runs |= {"span": ("mdm", "--span", 4), "shuffle": ("ar", "--shuffle", 4, "--phase", 4)}
-    for name, flags in runs.items():
-        done = here(workplace, "study.train", *flags, "--data", "text.txt", "--flops", 1e8,
-                    "--width", 16, "--context", 64, "--out", f"variants/{name}")
+    for objective, flag in ("ar", "patch"), ("mdm", "patch"), ("mdm", "ngram"), ("ar", "shuffle"):
+        done = here(workplace, "study.train", objective, f"--{flag}", 4, "--data", "text.txt",
+                    "--flops", 1e8, "--width", 16, "--context", 64,
+                    "--out", f"variants/{objective}-{flag}")
         assert done.returncode == 0, done.stderr
     return workplace / "variants"
 
@@ -106,23 +101,19 @@ def test_the_command_samples_and_scores_every_variant(folder, monkeypatch):
         return here(folder, "study.sample", *arguments)
 
     (folder / "some.txt").write_text("import math\n" * 9)
-    for run in ("ar-patch", "ar-ngram", "mdm-patch", "mdm-ngram", "span"):
-        text = call(run, "--prompt", "abcd", "--length", 8).stdout
-        assert text.startswith("abcd") and len(text) > 8
+    for run in ("ar-patch", "mdm-patch", "mdm-ngram"):
+        assert call(run, "--prompt", "abcd", "--length", 8).stdout.startswith("abcd")
         assert "bits per byte" in call(run, "--score", "some.txt").stdout
     filled = call("mdm-patch", "--infill", "abcd____efgh", "--order", "confident").stdout
     assert filled.startswith("abcd") and filled.rstrip("\n").endswith("efgh")
     for flag, text in ("--infill", "ab____cdefgh"), ("--infill", "abcd____e"), ("--prompt", "abc"):
         assert_one_line(call("mdm-patch", flag, text), "multiples of 4 tokens")
-    assert_one_line(call("shuffle"), "shuffled")
+    assert_one_line(call("ar-shuffle"), "shuffled")
     assert_one_line(call("nowhere"), "no finished run")
 
 
-def test_settings_of_older_runs_are_read(folder, tmp_path):
-    """They hold what is plain, too."""
+def test_settings_of_older_runs_hold_what_is_plain_too(folder):
     saved = torch.load(folder / "ar-patch" / "checkpoint.pt", weights_only=True)
     saved["settings"] |= {"schedule": None, "shuffle": 1, "span": 1, "phase": 0}
-    torch.save(saved, tmp_path / "checkpoint.pt")
-    (tmp_path / "result.json").write_text((folder / "ar-patch" / "result.json").read_text())
-    model, settings, _ = sample.load_model(tmp_path)
-    assert (model.config.patch, model.config.conv, settings["patch"]) == (4, 3, 4)
+    torch.save(saved, folder / "ar-patch" / "checkpoint.pt")
+    assert sample.load_model(folder / "ar-patch")[0].config.patch == 4

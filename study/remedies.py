@@ -202,20 +202,20 @@ def plot(path, curves):
     budgets = [budget for _, _, budget in curves]
     most = max(budgets, key=lambda budget: (budgets.count(budget), budget))
     remedies = sorted({remedy for _, remedy, _ in curves})
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    for objective, ax in zip(scaling.TRAIN, figure.subplots(1, 2), strict=True):
-        for (configuration, remedy, budget), curve in curves.items():
-            if (configuration[0], budget) == (objective, most):
-                losses = np.stack(list(curve.values()), axis=1)                         # (S, K)
-                ends = np.quantile(losses[1:], (0.05, 0.95), axis=0, method="nearest")
-                marker = "os^Dv*P<>X"[remedies.index(remedy) % 10]
-                ax.errorbar(list(curve), losses[0], abs(ends - losses[0]), fmt=f"{marker}-",
-                            capsize=3, color=sweep.COLORS[configuration],
-                            label=f"{CONFIGURATIONS[configuration]}, {name_of(remedy)}")
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.set(xlabel=f"free positions, at {sweep.short(most)} FLOPs", ylabel="bits per byte [90%]")
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+    figure = Figure(figsize=(7.5, 7), layout="constrained")
+    ax = figure.add_subplot(xlabel=f"free positions, at {sweep.short(most)} FLOPs",
+                            ylabel="bits per byte [90%]")
+    for (configuration, remedy, budget), curve in curves.items():
+        if budget == most:
+            losses = np.stack(list(curve.values()), axis=1)                             # (S, K)
+            ends = np.quantile(losses[1:], (0.05, 0.95), axis=0, method="nearest")
+            marker = "os^Dv*P<>X"[remedies.index(remedy) % 10]
+            ax.errorbar(list(curve), losses[0], abs(ends - losses[0]), fmt=f"{marker}-", capsize=3,
+                        color=sweep.COLORS[configuration],
+                        label=f"{CONFIGURATIONS[configuration]}, {name_of(remedy)}")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=120)
 
 

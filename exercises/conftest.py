@@ -1,8 +1,11 @@
 """What the exercises share: loading an answer, short messages, predictions beside truths.
 
     python -m pytest exercises -k e04 [--answers FOLDER]
+
+With --grade, which grade.py gives, a line on standard input says where to write a report.
 """
 import importlib.util
+import json
 import numbers
 import os
 import sys
@@ -20,23 +23,19 @@ sys.path.insert(0, str(HERE.parent))
 # Only test_*.py is collected: a mistake in one exercise must not stop the test of another.
 collect_ignore = ["solutions", "grade.py"]
 collect_ignore_glob = ["e[0-9]*.py", "solutions/e[0-9]*.py", "solutions/wrong.py"]
-REVEALED = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--answers", type=Path, default=HERE, metavar="FOLDER",
                      help="the folder with the student's eNN_*.py (default: exercises)")
-
-
-def pytest_configure(config):
-    config.stash[REVEALED] = []
+    parser.addoption("--grade", action="store_true", help="for grade.py")
 
 
 # -----------------------------------------------------------------------------------------------
 # The student's answer.
 
 def load_answer(folder, exercise):
-    """Return the module FOLDER/eNN_*.py. Fail if it is not there, or predicts nothing yet."""
+    """Return the module FOLDER/eNN_*.py. Fail if it is not there."""
     files = sorted(Path(folder).glob(f"{exercise}_*.py"))
     if len(files) != 1:
         pytest.fail(f"{exercise}: {len(files)} files {exercise}_*.py in {folder}, and not one",
@@ -45,11 +44,21 @@ def load_answer(folder, exercise):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    for question, number in module.PREDICT.items():
-        if isinstance(number, bool) or not isinstance(number, numbers.Real):
-            pytest.fail(f'predict first: give a number to "{question}" in PREDICT of '
-                        f"{files[0].name}. It is not graded", pytrace=False)
     return module
+
+
+def guesses_of(module):
+    """Return {question: the prediction as a float, or None where it is no number}."""
+    return {question: None if isinstance(guess, bool) or not isinstance(guess, numbers.Real)
+            else float(guess) for question, guess in module.PREDICT.items()}
+
+
+def check_predictions(guesses, exercise):
+    """Fail unless all predictions are made."""
+    for question, guess in guesses.items():
+        if guess is None:
+            pytest.fail(f'predict first: give a number to "{question}" in PREDICT of '
+                        f"{exercise}_*.py. It is not graded", pytrace=False)
 
 
 def explain(error, exercise):
@@ -75,12 +84,10 @@ def answer(request):
 
 @pytest.fixture
 def reveal(request):
-    """A function that takes the truths, {question: number}, and keeps them for the summary."""
-    def keep(truths):
-        predictions = request.node.funcargs["answer"].PREDICT
-        request.config.stash[REVEALED] += [
-            (request.node.name[5:8], question, predictions.get(question, "?"), truth)
-            for question, truth in truths.items()]
+    """A function that takes the truths, {question: number}, and lines to show below them."""
+    def keep(truths, lines=()):
+        truths = {question: float(truth) for question, truth in truths.items()}
+        request.node.user_properties += [("truths", truths), ("lines", list(lines))]
     return keep
 
 
@@ -88,8 +95,16 @@ def reveal(request):
 def pytest_pyfunc_call(pyfuncitem):
     # In a fixture, a failure would be reported as an error of the test.
     if "answer" in pyfuncitem.funcargs:
-        folder = pyfuncitem.config.getoption("--answers")
-        pyfuncitem.funcargs["answer"] = load_answer(folder, pyfuncitem.name[5:8])
+        config, exercise = pyfuncitem.config, pyfuncitem.name[5:8]
+        module = load_answer(config.getoption("--answers"), exercise)
+        pyfuncitem.funcargs["answer"] = module
+        guesses = guesses_of(module)
+        sentences = [str(sentence) for sentence in getattr(module, "EXPLAIN", [])]
+        # Of a test these reach the report, also from the processes of pytest -n 2.
+        pyfuncitem.user_properties += [("guesses", guesses), ("sentences", sentences)]
+        # The grader wants to know whether the functions are right all the same.
+        if not config.getoption("--grade"):
+            check_predictions(guesses, exercise)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -98,7 +113,7 @@ def pytest_pyfunc_call(pyfuncitem):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if call.excinfo and "answer" in item.fixturenames:
+    if report.failed and "answer" in item.fixturenames:
         error = call.excinfo.value
         if not isinstance(error, pytest.fail.Exception):
             report.longrepr = explain(error, item.name[5:8])
@@ -106,16 +121,54 @@ def pytest_runtest_makereport(item, call):
 
 
 def show(number):
-    """Return a number with four digits, anything else as it is: a str."""
-    return f"{number:,.4g}" if isinstance(number, numbers.Real) else str(number)
+    """Return a number with four digits."""
+    return "?" if number is None else f"{number:,.4g}"
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[REVEALED]
-    if not rows:
-        return
-    terminalreporter.section("predictions")
-    terminalreporter.write_line(f"{'':3}{'yours':>11}{'truth':>11}")
-    for exercise, question, prediction, truth in rows:
-        numbers_shown = f"{show(prediction):>11}{show(truth):>11}"
-        terminalreporter.write_line(f"{exercise}{numbers_shown}  {question}")
+def pytest_terminal_summary(terminalreporter):
+    rows = []
+    for report in terminalreporter.getreports("passed"):
+        properties = dict(report.user_properties)
+        exercise = report.nodeid.split("test_")[-1]
+        rows += [f"{exercise}{show(properties['guesses'].get(question)):>11}{show(truth):>11}  "
+                 f"{question}" for question, truth in properties.get("truths", {}).items()]
+        rows += properties.get("lines", [])
+    if rows:
+        terminalreporter.section("predictions")
+        for row in [f"{'':3}{'yours':>11}{'truth':>11}", *rows]:
+            terminalreporter.write_line(row)
+
+
+# -----------------------------------------------------------------------------------------------
+# What the grader sees.
+
+class Report:
+    """Write what became of each test, and a nonce that only grade.py and we know."""
+
+    def __init__(self, path, nonce):
+        self.path, self.nonce, self.tests = path, nonce, []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or not report.passed:
+            self.tests.append({"outcome": report.outcome, "message": str(report.longrepr or ""),
+                               **dict(report.user_properties)})
+
+    def pytest_sessionfinish(self):
+        self.path.write_text(json.dumps({"nonce": self.nonce, "tests": self.tests}))
+
+
+def pytest_configure(config):
+    if config.getoption("--grade"):
+        # Read before any answer is imported, so that none finds it there.
+        order = json.loads(sys.stdin.readline())
+        limit_memory(order["memory"])
+        config.pluginmanager.register(Report(Path(order["report"]), order["nonce"]))
+
+
+def limit_memory(nbytes):
+    """Let this process and its children have so much memory each, where the system can."""
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_DATA, (nbytes, nbytes))
+    except (ImportError, OSError, ValueError):
+        pass

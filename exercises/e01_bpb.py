@@ -6,9 +6,10 @@ The loss of a model is in nats per token. A nat is 1 / ln 2 bits, and a token sp
 many. So losses of two tokenizers cannot be compared. Bits per byte (BPB) can: the bits that the
 model needs for a text, divided by the bytes of this text.
 
-A new model of this repository predicts all tokens with equal probability. Let it read
-exercises/speeches.txt, once as bytes and once as tokens of a BPE. This BPE has 1,024 tokens and was
-learned from the same text. Predict the three numbers below, then write the two functions.
+A new model of this repository predicts all tokens with equal probability. On bytes it needs
+log2(256) = 8 bits per byte. Let it read exercises/speeches.txt as tokens of a BPE, which has 1,024
+tokens and was learned from the same text. Predict the three numbers below, then write the two
+functions.
 
 Read first: `evaluate` in train_ar.py, which shows how `bpb` is done. Then the docstring of
 `Tokenizer` in bpe.py, and the lines on initialization in `Transformer.__init__` in model.py.
@@ -16,10 +17,12 @@ Read first: `evaluate` in train_ar.py, which shows how `bpb` is done. Then the d
 To think about: the model on BPE has learned nothing. Who has?
 """
 PREDICT = {
-    "untrained model on bytes, bits per byte": None,
     "untrained model on BPE of 1,024 tokens, bits per byte": None,
     "best model that knows only how often each byte occurs, bits per byte": None,
+    "best model that knows only how often each token of this BPE occurs, bits per byte": None,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", "", ""]
 
 
 def bpb(nats, ids, bytes_per_id):

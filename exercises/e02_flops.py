@@ -11,7 +11,7 @@ tokens. N leaves out the embeddings and the head, as in most papers: `count_para
 in model.py. Then write the count from the shapes alone.
 
 Read first: the forward passes of `Attention`, `MLP`, `Block` and `Transformer` in model.py. Do not
-read `flops_per_token`: it is the answer. These rules say what counts:
+read `Config.flops_per_token`: it is the answer, and the test turns it off. What counts:
 
 - Only matrix products count. Norms, activations, softmax and table look-ups count nothing.
 - A product of shapes (a, b) and (b, c) has a * b * c multiplications and as many additions.
@@ -25,12 +25,14 @@ PREDICT = {
     "share of attention's scores and sums in all FLOPs, width 576, percent": None,
     "true FLOPs divided by 6 N, width 32": None,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", "", ""]
 
 
 def flops_per_token(config):
     """Return the FLOPs to train on one token, an int: forward and backward pass.
 
-    config: a model.Config without convolutions and patches. It has the attributes vocab_size,
-    padded_vocab, context (tokens), width and depth.
+    config has the attributes vocab_size, padded_vocab, context (tokens), width and depth, and no
+    others.
     """
     raise NotImplementedError

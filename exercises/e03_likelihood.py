@@ -10,20 +10,21 @@ and falls lower than it should. Nothing crashes.
 One property finds both bugs: the probabilities of all V^T sequences must add up to 1. With V = 3
 tokens and T = 5 positions there are 243 sequences, so we can simply add.
 
-The first two predictions are about small models that are trained until nothing improves. The
-training set holds each of the 243 sequences equally often, so there is nothing to learn from the
-past. The third is about a model that was not trained.
+The predictions are about small models that were trained for 60 steps. The training set holds each
+of the 243 sequences equally often, so there is nothing to learn from the past.
 
 Read first: `corrupt` in train_ar.py and `Attention.forward` in model.py. Which positions of the
 input does position t see without the mask? Which token does none of them see?
 
-To think about: your test of a model should not be run on a new model. Why?
+To think about: without its mask a new model, whose head is zero, has a sum of 1. So what must be
+done to a model before it is tested?
 """
 PREDICT = {
     "no causal mask, trained: sum of the probabilities of all 243 sequences": None,
     "targets not shifted, trained: the same sum": None,
-    "no causal mask, not trained (its head is zero): the same sum": None,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", ""]
 
 
 def total_probability(losses, V, T):

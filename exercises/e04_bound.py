@@ -21,21 +21,21 @@ model can be. If it is noisy, a better model can look worse.
 (c) An untrained model gives every token the same cost. So its bound is known: T times this cost.
     How well does one sequence estimate it, with a weight of 1/t? Write `estimates`.
 
-Read first: train_mdm.corrupt, and its docstring. Its time u is our t: the linear schedule has
-m(u) = u. (The docstring of the file gives the answer to (a).)
+Read first: train_mdm.corrupt, and its docstring. Its time u is our t. (The docstring of the file
+gives the answer to (a).)
 
-Afterwards: a code needs sum over x of 2^(-length of x) <= 1. Put in the joint losses of the two
-equal bits; 01 and 10 cost infinitely much, so they add 0. Then read what train_mdm.evaluate says
-of patches.
+Afterwards: estimate the same bound with the weights of train_mdm.corrupt. Why is there no noise at
+all? And a code needs sum over x of 2^(-length of x) <= 1. Put in the joint losses of the two equal
+bits; 01 and 10 cost infinitely much, so they add 0.
 """
-
 PREDICT = {
     # Two fair bits that are always equal have an entropy of 1 bit.
     "(b) two equal fair bits, predicted jointly: the bound with this nll, in bits": None,
     # In percent of the bound. t is uniform from 0.001 to 1.
     "(c) T = 512, weight 1/t: standard deviation, in percent": None,
-    "(c) T = 512, weights of corrupt: standard deviation, in percent": None,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", ""]
 
 
 def bound(nll, T):

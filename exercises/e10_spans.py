@@ -2,9 +2,9 @@
 
     python -m pytest exercises -k e10              # level B, 60 minutes
 
-`--span s` masks s neighbours together. It should help: a word is harder to guess than a letter, so
-a model could learn more from it. In the results of the repository it does not help. Is it the
-model, or is it the loss?
+`--span s` of study/train.py masks s neighbours together. It should help: a word is harder to guess
+than a letter, so a model could learn more from it. In the results of the repository it does not
+help. Is it the model, or is it the loss?
 
 A perfect model decides this, since it has nothing to learn. The text is T = 6 bits: the first is
 fair, and each next one differs from the one before with probability 0.1. All 64 sequences can be
@@ -18,21 +18,22 @@ predicted in two ways:
     --span     each masked token by itself, given the visible tokens
     --patch    in each masked span from left to right: also given the tokens before it in its span
 
-Do E4 first. Read corrupt and evaluate in train_mdm.py.
+Do E4 first. Read corrupt_spans in study/train.py.
 
 A hint: the mean of -log2 p(x_i | x_A) over the sequences, weighted by p, is a difference of two
 entropies.
 
-Afterwards: why is the first number what it is? (Reveal the tokens one at a time, in random order.)
-The loss of one span of two exceeds its entropy by a quantity with a name. Which? What would it be
-on real text for spans of 2 and 16 bytes?
+Afterwards: what do single masked tokens cost above the entropy, and why? (Reveal the tokens one at
+a time, in random order.) The loss of one span of two exceeds its entropy by a quantity with a name.
+Which? What would it be on real text for spans of 2 and 16 bytes?
 """
-
 PREDICT = {
-    "single tokens masked: bits above the entropy of 3.345": None,
     "spans of 2, each token by itself: bits above the entropy": None,
+    "spans of 3, each token by itself: bits above the entropy": None,
     "spans of 2, from left to right inside: bits above the entropy": None,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", "", ""]
 
 
 def entropy(p, positions):

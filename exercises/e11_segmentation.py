@@ -11,19 +11,22 @@ says that a space starts a token.
 The test learns a BPE of 512 on exercises/speeches.txt. It counts the pairs of the same text. In
 this BPE the space between two words belongs to the second word.
 
-Read first: segmentation.token_starts, counting.Bigram, and the pattern WORD in bpe.py.
+Read first: token_starts in study/segmentation.py, Bigram in study/counting.py, and the pattern WORD
+in bpe.py. The function above token_starts is the answer to this exercise: cover it. The test turns
+it off.
 
 Afterwards: on Python code with a BPE of 4,096 a bigram is above 0.5. What is different there? Which
 number would show that a trained model knows more of words than the bigram?
 
-    python fragility.py segmentation --plot-only
+    python -m study.segmentation --plot-only
 """
-
 PREDICT = {
     "AUROC of the bigram model's entropy": None,
     "AUROC of the detector which says that a space starts a token": None,
     "AUROC of the bigram, if the space belonged to the word before it": None,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", "", ""]
 
 
 def auroc(scores, positive):

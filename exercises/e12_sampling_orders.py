@@ -11,18 +11,21 @@ The first model of the test is perfect: it knows the exact distribution of three
 a sampler gets wrong is the sampler's fault alone. The distance of two distributions p and q is
 their total variation, half of sum |p - q|: 0 if they are the same, 1 if they share nothing.
 
-Read first: sample.fill and sample.spell_out.
+Read first: sample.fill.
 
-Afterwards: would it help to choose the position before its bit is drawn, by the most likely bit?
+Afterwards: how far is random order, three steps, from the model? Would it help to choose the
+position before its bit is drawn, by the most likely bit?
 """
 
 MASK = 2
 
 PREDICT = {
     "total variation from the model: all three bits in one step": None,
-    "total variation: three steps in random order": None,
     "total variation: three steps, the most confident first": None,
+    "total variation: the same at temperature 0, always the most likely bit": None,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", "", ""]
 
 
 def one_step(predict):

@@ -3,10 +3,12 @@ import math
 import re
 
 PREDICT = {
-    "untrained model on bytes, bits per byte": 8,
     "untrained model on BPE of 1,024 tokens, bits per byte": 10 / 3,
     "best model that knows only how often each byte occurs, bits per byte": 4.5,
+    "best model that knows only how often each token of this BPE occurs, bits per byte": 3,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", "", ""]
 
 
 def bpb(nats, ids, bytes_per_id):

@@ -4,6 +4,8 @@ PREDICT = {
     "share of attention's scores and sums in all FLOPs, width 576, percent": 10,
     "true FLOPs divided by 6 N, width 32": 3,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", "", ""]
 
 
 def flops_per_token(config):

@@ -7,8 +7,9 @@ import torch
 PREDICT = {
     "(b) two equal fair bits, predicted jointly: the bound with this nll, in bits": 1.0,
     "(c) T = 512, weight 1/t: standard deviation, in percent": 4.0,
-    "(c) T = 512, weights of corrupt: standard deviation, in percent": 1.0,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", ""]
 
 
 def bound(nll, T):

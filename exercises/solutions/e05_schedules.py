@@ -8,6 +8,8 @@ PREDICT = {
     "gradient noise, p = 0.5 / p = 1": 1.5,
     "gradient noise, bell / p = 1": 0.7,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", "", ""]
 
 
 def probabilities(T, p):

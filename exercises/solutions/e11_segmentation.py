@@ -6,6 +6,8 @@ PREDICT = {
     "AUROC of the detector which says that a space starts a token": 0.6,
     "AUROC of the bigram, if the space belonged to the word before it": 0.6,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", "", ""]
 
 
 def auroc(scores, positive):

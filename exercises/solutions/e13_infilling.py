@@ -6,8 +6,9 @@ import train_ar
 PREDICT = {
     "bits of a byte, given the byte before it": 3.5,
     "bits of a byte, given both neighbours, by the same bigram model": 3.0,
-    "sequences which AR must read for a gap of two bytes (MDM: two)": 512,
 }
+# Afterwards: one sentence for each, why it is so.
+EXPLAIN = ["", ""]
 
 
 def fill_one(model, left, right):

@@ -255,8 +255,8 @@ def test_a_terminal_shows_the_text_shaded_by_its_surprisal(folder, monkeypatch, 
     ("runs", ["--score", "runs"]), ("no.txt", ["--score", "no.txt"]),
     ("temperature", ["--temperature", "-1"]), ("temperature", ["--temperature", "nan"]),
     ("temperature", ["--temperature", "x"]), ("length", ["--length", 0]),
-    ("context", ["--length", 10**12]), ("steps", ["--steps", 0]), ("top-k", ["--top-k", -1]),
-    ("order", ["--order", "x"]), ("device", ["--device", "x"]), ("seed", ["--seed", 2**64]),
+    ("context", ["--length", 65]), ("steps", ["--steps", 0]), ("top-k", ["--top-k", -1]),
+    ("order", ["--order", "x"]), ("device", ["--device", "x"]),
     ("AR", ["runs/ar-byte", "--infill", "a___"]), ("gap", ["--infill", "a"]),
     ("--prompt", ["--infill", "a___", "--prompt", "b"]), ("context", ["--infill", "_" * 65])])
 def test_bad_input_is_one_line(folder, call, word, arguments):

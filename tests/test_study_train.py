@@ -65,7 +65,7 @@ def test_an_intervention_is_trained_and_not_read_as_a_plain_run(workplace, objec
     ("mdm --patch 5", "divide"), ("mdm --conv 4", "odd"), ("ar --shuffle 5", "--shuffle"),
     ("ar --ngram 2 --patch 2", "--ngram"), ("ar --phase 2 --patch 2", "--phase"),
     ("ar --conv x", "--conv"), ("ar --permutation -1", "--permutation"), ("", "objective"),
-    ("mdm --span-share 0", "--span-share"), ("mdm --span 2 --span-share 2", "--span-share")])
+    ("mdm --span-share 0", "--span-share")])
 def test_bad_input_is_one_line_and_leaves_nothing(workplace, arguments, word):
     assert_one_line(here(workplace, "study.train", *arguments.split(), *TINY, "--out", "bad"), word)
     assert not (workplace / "bad").exists()

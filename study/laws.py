@@ -3,13 +3,13 @@
     L(N, D) = E + A / N^alpha + B / D^beta   N parameters after D tokens (arXiv 2203.15556): fit_law
     L*(C)   = E + K / C^gamma                the best size at C FLOPs: fit_frontiers
 
-An ideal model reaches the same bits per byte of a text, whatever its tokenizer or order, so the
-frontiers of all configurations share E. Two frontiers with one E meet at most once.
+An ideal model reaches the same bits per byte of a text, whatever its tokenizer, so the frontiers
+share E. Two frontiers with one E meet at most once.
 """
 import numpy as np
 from matplotlib.figure import Figure
 
-import scaling
+from scaling import CONFIGURATIONS, resample, runs_of
 from study.sweep import COLORS
 
 # The exponents that are tried, of a law of size and text and of a frontier.
@@ -80,9 +80,9 @@ def losses_at_best_size(rows, fits):
     """Return {configuration: (C (n,), losses (S, n))}, less what a run's size costs it."""
     runs = {}
     for seed, (key, fit) in enumerate(fits.items()):
-        C, N, L = scaling.runs_of(rows, key)
+        C, N, L = runs_of(rows, key)
         best = fit.best[:, np.searchsorted(fit.budgets, C)]                             # (S, n)
-        losses = scaling.resample(C, N, L, seed)
+        losses = resample(C, N, L, seed)
         runs[key] = C, losses - fit.curvature[:, None] * (np.log(N) - best) ** 2
     return runs
 
@@ -90,21 +90,24 @@ def losses_at_best_size(rows, fits):
 def fit_frontiers(runs, highest):
     """Return E (S,) and {configuration: (K (S,), gamma (S,))}, the most likely.
 
-    runs: {configuration: (C (n,), losses (S, n))}. Each configuration has Gaussian errors of a
-    variance of its own. E is at most highest, the lowest loss that was seen.
+    runs: {configuration: (C (n,), losses (S, n))}, each with errors of a variance of its own. E is
+    at most highest, the lowest loss that was seen.
     """
     grid = np.linspace(0, highest, 61)
     misfit, laws = 0, {}
     for key, (C, L) in runs.items():
         C0 = np.exp(np.log(C).mean())
         X = (C / C0) ** -GAMMAS[:, None]                                                # (G, n)
-        XL, X1, XX = L @ X.T, X.sum(axis=1), (X**2).sum(axis=1)                # (S, G), (G,), (G,)
+        length = np.sqrt((X**2).sum(axis=1))                                            # (G,)
+        XL, X1 = L @ X.T / length, X.sum(axis=1) / length                       # (S, G), (G,)
         samples, by_entropy = np.arange(len(L)), []
         for E in grid:
-            K = (XL - E * X1) / XX                                                      # (S, G)
-            sse = ((L - E) ** 2).sum(axis=1, keepdims=True) - K**2 * XX                 # (S, G)
-            g = sse.argmin(axis=1)
-            by_entropy.append((sse[samples, g], K[samples, g] * C0 ** GAMMAS[g], GAMMAS[g]))
+            # The best gamma is that of the longest projection of the losses.
+            projection = XL - E * X1                                                    # (S, G)
+            g = projection.argmax(axis=1)
+            along = projection[samples, g]
+            sse = ((L - E) ** 2).sum(axis=1) - along**2                                 # (S,)
+            by_entropy.append((sse, along / length[g] * C0 ** GAMMAS[g], GAMMAS[g]))
         sse, *laws[key] = np.moveaxis(by_entropy, 1, 0)                           # (61, S) each
         misfit = misfit + len(C) * np.log(sse.clip(1e-12))                              # (61, S)
     best = misfit.argmin(axis=0)                                                        # (S,)
@@ -133,14 +136,12 @@ def plot_frontiers(path, fits, fitted, E, laws):
     ax = figure.subplots()
     top = max(fit.budgets[-1] for fit in fits.values())
     for key, fit in fits.items():
-        color, inside = COLORS[key], fitted[key]
-        C = np.geomspace(fit.budgets[0], 100 * top)
+        color, inside, C = COLORS[key], fitted[key], np.geomspace(fit.budgets[0], 100 * top)
         losses, trained = frontier(E, laws[key], C), C <= fit.budgets[-1]               # (S, 50)
         low, high = np.quantile(losses[1:], (0.05, 0.95), axis=0)
         ax.fill_between(C, low, high, color=color, alpha=0.15, linewidth=0)
         ax.plot(C, losses[0], ":", color=color)
-        ax.plot(C[trained], losses[0, trained], color=color, lw=2,
-                label=scaling.CONFIGURATIONS[key])
+        ax.plot(C[trained], losses[0, trained], color=color, lw=2, label=CONFIGURATIONS[key])
         ax.plot(fit.budgets[inside], fit.minima[0, inside], "o", color=color)
         ax.plot(fit.budgets[~inside], fit.minima[0, ~inside], "o", color=color, fillstyle="none")
     ax.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte, best width",

@@ -66,20 +66,19 @@ def draw(model, ids, **options):
 def fill(model, ids, masked, steps, order="random", **options):
     """Do what sample.fill does, with patches in place of positions."""
     special_id, P = model.config.vocab_size, model.config.patch
-    hidden = (masked | (ids[0] == special_id)).view(-1, P)
-    masked = masked.view(-1, P)                                                         # (R, P)
-    if (masked != masked[:, :1]).any() or (hidden != hidden[:, :1]).any():
-        raise InputError(f"this MDM writes patches of {P} tokens: the texts, gaps and --length "
-                         f"must be multiples of {P} tokens")
-    ids = torch.where(masked, special_id, ids.view(len(ids), -1, P))                    # (B, R, P)
+    ids = torch.where(masked, special_id, ids).view(len(ids), -1, P)                    # (B, R, P)
+    hidden = ids[0] == special_id                                                       # (R, P)
+    if (hidden != hidden[:, :1]).any():
+        raise InputError(f"this MDM writes patches of {P} tokens: a gap must be of whole ones")
+    masked = masked.view(-1, P).any(dim=1)                                              # (R,)
     rank = torch.rand(ids.shape[:2], generator=options.get("generator"), device=ids.device)
-    total = int(masked[:, 0].sum())
+    total = int(masked.sum())
     steps = min(steps, total)
     for step in range(steps):
         count = total * (step + 1) // steps - total * step // steps
-        done = ~masked[:, 0] | (ids[:, :, 0] != special_id)                             # (B, R)
         drawn, log_p = draw(model, ids.flatten(1), **options)
         rank = log_p if order == "confident" else rank
+        done = ~masked | (ids[:, :, 0] != special_id)                                   # (B, R)
         positions = rank.masked_fill(done, -math.inf).topk(count, dim=1).indices
         positions = positions[..., None].expand(-1, -1, P)                              # (B, C, P)
         ids = ids.scatter(1, positions, drawn.gather(1, positions))
@@ -88,7 +87,7 @@ def fill(model, ids, masked, steps, order="random", **options):
 
 @torch.inference_mode()
 def token_bits(model, ids, masks=sample.MASKS):
-    """Do what sample.token_bits does. The last token has the bits of zeros that end its patch."""
+    """Do what sample.token_bits does, with the masks and the order of patches."""
     special_id, P, parts = model.config.vocab_size, model.config.patch, []
     for i, sequence in enumerate(F.pad(ids, (0, -len(ids) % P)).split(model.config.context)):
         copies = sequence.expand(1 if model.config.causal else masks, -1)
@@ -99,7 +98,9 @@ def token_bits(model, ids, masks=sample.MASKS):
         nll = [model(piece, sequence.expand(len(piece), -1)) for piece in inputs.split(16)]
         parts.append((weights * torch.cat(nll)).mean(dim=0) / math.log(2))              # (T,)
     bits = torch.cat(parts)
-    bits[len(ids) - 1] += bits[len(ids):].sum()
+    if not model.config.causal:
+        # Its last patch is masked with the zeros that end it.
+        bits[len(ids) - 1] += bits[len(ids):].sum()
     return bits[:len(ids)]
 
 

@@ -6,7 +6,6 @@
 AUROC of the entropy of a model's next-byte prediction, as a detector of BPE token starts: 0.5 is
 chance. A better predictor tends to have a higher one. So AR, MDM and models that only count are
 read from left to right at the same positions, and compared at equal bits per byte (BPB) there.
-
 Within identifiers neither spaces nor punctuation give a token start away.
 """
 import argparse
@@ -173,16 +172,14 @@ def best_runs(folders, corpus, tokenizer="byte", objectives=tuple(READ)):
 
     folders: [] for all in runs/gap. Left out are runs of another text than the corpus.
     """
-    best = {}
-    for folder in folders or sorted(Path("runs/gap").glob("*")):
-        result = log.read_result(folder)
-        if result is None or result["corpus"]["sha256"] != corpus.meta["sha256"]:
-            continue
-        key = result["objective"], result["flops_budget"]
-        wanted = key[0] in objectives and result["tokenizer"] == tokenizer
-        best_so_far = best[key][0]["val_bpb"] if key in best else math.inf
-        if wanted and not flags_of(row_of(result)) and result["val_bpb"] < best_so_far:
-            best[key] = result, folder
+    folders = folders or Path("runs/gap").glob("*")
+    runs = [(result, folder) for folder in folders if (result := log.read_result(folder))
+            and result["corpus"]["sha256"] == corpus.meta["sha256"]
+            and result["tokenizer"] == tokenizer and result["objective"] in objectives
+            and not flags_of(row_of(result))]
+    # The lowest loss comes last, and stays.
+    best = {(result["objective"], result["flops_budget"]): (result, folder)
+            for result, folder in sorted(runs, key=lambda pair: -pair[0]["val_bpb"])}
     contexts = {result["context_bytes"] for result, _ in best.values()}
     if {objective for objective, _ in best} < set(objectives) or len(contexts) > 1:
         raise InputError(f"name the folders of finished runs on this text, plain, {tokenizer}, of "
@@ -206,16 +203,14 @@ def spread(row, name, sign=""):
 # ---- The study.
 
 def read_all(runs, text, sequences, positions):
-    """Yield (reading, level, width, seed, values (2, N, P)) of the runs and of what needs none.
+    """Yield (reading, level, width, seed, scores and surprisals (2, N, P)) of all readings.
 
-    text: what the n-gram models count. values: the scores and the surprisals, nan for a detector
-    that predicts nothing.
+    text: what the n-gram models count. A detector that predicts nothing has surprisals of nan.
     """
     targets = np.take_along_axis(sequences, positions, 1)
     before = np.take_along_axis(sequences, positions - 1, 1)
     for name, byte in (("behind", before), ("space", targets)):
-        score = (byte == ord(" ")).astype(float)
-        yield name, 0, 0, 0, np.stack([score, np.full(score.shape, math.nan)])
+        yield name, 0, 0, 0, np.stack([byte == ord(" "), np.full(byte.shape, math.nan)])
     for order, p in enumerate(counting.ngrams(text, sequences, positions, ORDERS), 1):
         values = measure(torch.from_numpy(p).log(), torch.from_numpy(targets))
         yield "ngram", order, 0, 0, values.numpy()
@@ -224,15 +219,14 @@ def read_all(runs, text, sequences, positions):
     for result, folder in runs:
         model, _, _ = log.load_model(folder, device)
         reading, read = READ[result["objective"]]
-        yield (reading, result["flops_budget"], result["width"], result["seed"],
-               read(model, ids, at).cpu().numpy())
-        print(f"read {folder}", flush=True)
+        about = [result[key] for key in ("flops_budget", "width", "seed")]
+        yield reading, *about, read(model, ids, at).cpu().numpy()
 
 
 def read_line(runs, sequences, starts, vocab_size):
-    """Return the rows of entropy.csv: a line of text read by the runs of the largest budgets.
+    """Return the rows of entropy.csv: a line of sequences (N, T) read by the largest runs.
 
-    sequences, starts (bool): (N, T). [] without a line of 20 to 79 printable bytes.
+    starts: (N, T) bool. [] without a line of 20 to 79 printable bytes.
     """
     # Not early in a sequence, where the models know little of the text.
     pattern, first = re.compile(rb"\n([ -~]{20,79})(?=\n)"), sequences.shape[1] // 4 + 1
@@ -276,12 +270,12 @@ def draw_areas(path, rows):
     """Draw AUROC against BPB: all positions, and those within identifiers."""
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     styles = {"ar": ("o-", COLORS["ar"]), "left": ("s-", COLORS["mdm"]), "ngram": ("^--", "0.4")}
+    rows = sorted(rows, key=lambda row: row["level"])
     for name, ax in zip(("auroc", "inside"), figure.subplots(1, 2), strict=True):
         for reading, (style, color) in styles.items():
             bpb, area, low, high = np.array([
                 [row[key] for key in ("bpb", name, f"{name}_low", f"{name}_high")]
-                for row in sorted(rows, key=lambda row: row["level"])
-                if row["reading"] == reading]).T
+                for row in rows if row["reading"] == reading]).T
             ax.errorbar(bpb, area, (area - low, high - area), fmt=style, color=color, capsize=3,
                         label=READINGS[reading])
         ax.set(xlabel="bits per byte, from left to right", ylabel="AUROC; bars: 90%")

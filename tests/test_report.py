@@ -14,17 +14,14 @@ RESULTS = ROOT / "results"
 LAWS = [dict(E=1.1, A=80, B=600, alpha=0.35, beta=0.42),
         dict(E=0.6, A=12, B=60, alpha=0.2, beta=0.25),
         dict(E=0, A=400, B=410, alpha=0.34, beta=0.28)]
-# Rows that study.report prints, in this order: minima, costs, FLOPs counted otherwise, MDM beside
-# AR, changes, trends, laws; then those of English.
+# How rows begin that study.report prints, in this order; the last four are of English.
 PRINTED = (
-    "AR, BPE | 2.025 (3.8e4) * | 1.840 (7.5e4) | 1.654 (1.6e5) | 1.497 (3.2e5) "
-    "| 1.313 (6.9e5) (outside) |",
-    "MDM, BPE | 2.709 (1.2e4) * | 2.572 (2.4e4) * | 2.339 (5.2e4) |", "AR | 1e13 | 0.439 [",
-    "AR | 3e13 | 0.405 [", "MDM | 1e13 | 0.768 [", "AR | 3e12 | 0.442 [", "MDM | 3e12 | 0.909 [",
-    "1e13 | +0.33 [", "3e12 | 1e14 | -0.11 [", "AR | 1e12 | -0.11 [", "AR | 3e12 | -0.17 [",
-    "AR | all | 0.00 [", "MDM | past counting | 0.00 [",
-    "MDM, bytes | 3.633 (7.1e4) | 3.297 (1.3e5) | 3.050 (2.1e5) |", "AR | 3e12 | 0.488 [",
-    "3e12 | 3e13 | -0.13 [", "AR | -0.02 [")
+    "AR, BPE | 2.025 (3.8e4) * | 1.840 (7.5e4) | 1.654 (1.6e5) | 1.497 (3.2e5) | 1.313 (6.9e5) (",
+    "AR | 1e13 | 0.439 [", "AR | 3e13 | 0.405 [", "MDM | 1e13 | 0.768 [", "AR | 3e12 | 0.442 [",
+    "MDM | 3e12 | 0.909 [", "1e13 | +0.33 [", "3e12 | 1e14 | -0.11 [", "AR | 1e12 | -0.11 [",
+    "AR | 3e12 | -0.17 [", "AR | all | 0.00 [", "MDM | past counting | 0.00 [",
+    "MDM, bytes | 3.633 (7.1e4) | 3.297", "AR | 3e12 | 0.488 [", "3e12 | 3e13 | -0.13 [",
+    "AR | -0.02 [")
 # What d87cd5a prints of the same runs: bits per byte lost, and G.
 ONE_POOL = {
     "ar": ["0.695 [0.674, 0.717], 14.6 [13.2, 16.2]", "0.510 [0.489, 0.531], 14.6 [12.7, 16.2]",
@@ -76,7 +73,7 @@ def falling(factor, power=0):
     return {key: byte if key[1] == "byte" else bpe for key in scaling.CONFIGURATIONS}
 
 
-# ---- A law of size and text.
+# ---- Laws.
 
 @pytest.mark.parametrize("kind", ["squares", "huber"])
 @pytest.mark.parametrize("law", LAWS)
@@ -98,9 +95,8 @@ def test_huber_recovers_a_law_as_epochs_from_240_points_with_outliers():
     huber, squares = (laws.fit_law(N, D, L, kind) for kind in ("huber", "squares"))
     for key, error in (("E", 0.02), ("alpha", 0.015), ("beta", 0.015)):
         assert huber[key] == pytest.approx(law[key], abs=error)
-    errors = [np.abs(np.log(loss(fitted, N, D) / loss(law, N, D))).mean()
-              for fitted in (huber, squares)]
-    assert errors[0] < 0.002 < 0.006 < errors[1]
+    moved = loss(squares, N, D) / loss(law, N, D) - 1
+    assert np.abs(moved).mean() > 0.006
 
 
 def test_huber_ends_at_the_minimum_of_its_function():
@@ -116,8 +112,6 @@ def test_huber_ends_at_the_minimum_of_its_function():
         other = {key: value * step[i] for i, (key, value) in enumerate(fitted.items())}
         assert total(other) > total(fitted) * (1 - 1e-3)
 
-
-# ---- Frontiers that share E.
 
 def test_frontiers_with_one_E_recover_it_and_their_parity():
     """E, K and gamma are planted; the frontiers of AR meet at 1e20, those of MDM never."""
@@ -138,7 +132,7 @@ def test_frontiers_with_one_E_recover_it_and_their_parity():
     assert np.isinf(laws.parity(fitted["mdm", "byte"], fitted["mdm", "bpe"])).all()
 
 
-# ---- G, its trend, and other ways to count FLOPs.
+# ---- G, its trend, other ways to count FLOPs; context; coverage.
 
 def test_G_is_read_at_most_half_a_decade_beyond_the_last_budget():
     """Bytes need 20 times the compute: 2e14, 6e14 and 2e15 for the last three budgets of BPE."""
@@ -165,19 +159,16 @@ def test_a_planted_trend_of_G_is_recovered(power):
 
 def test_a_budget_counts_in_the_trend_if_95_percent_of_the_samples_have_a_G():
     G = np.full((401, 3), 10.0)
-    G[:, 2], G[1:11, 1], G[1:31, 2] = 1, np.inf, np.inf
-    gap = scaling.Gap(np.array([1e12, 1e13, 1e14]), G, G, np.array([300, 30, 3]))
-    slopes = report.trend(gap, 0)
+    G[1:11, 1], G[1:31, 2] = np.inf, np.inf
+    slopes = report.trend(scaling.Gap(10.0 ** np.arange(12, 15), G, G, np.array([300, 30, 3])), 0)
     assert (slopes[11:] == 0).all() and slopes[1:11] == pytest.approx(np.log10(3))
 
 
 def test_the_FLOPs_that_need_not_be_counted_are_half_of_attention_and_of_the_head():
     for width in (32, 128, 576):
-        full = Config(4096, 160, width)
-        assert (full.flops_per_token() - report.UNCHARGED["ar"](full)
-                == Config(4096, 80, width).flops_per_token())
-        assert (full.flops_per_token() - report.UNCHARGED["mdm"](full)
-                == Config(2048, 160, width).flops_per_token())
+        full, flops = Config(4096, 160, width), Config(4096, 160, width).flops_per_token()
+        assert flops - report.UNCHARGED["ar"](full) == Config(4096, 80, width).flops_per_token()
+        assert flops - report.UNCHARGED["mdm"](full) == Config(2048, 160, width).flops_per_token()
 
 
 def test_bytes_that_are_charged_for_half_of_their_FLOPs_need_half_as_many():
@@ -190,11 +181,7 @@ def test_bytes_that_are_charged_for_half_of_their_FLOPs_need_half_as_many():
     counted = report.counted_by(half_of_bytes, rows, fits)
     gap = report.gaps_of(scaling.fit_minima(counted))["ar"]
     assert gap.G[0, :4] == pytest.approx(np.full(4, 8), rel=0.02)
-    before = [row["val_bpb"] for row in rows if row["tokenizer"] == "bpe"]
-    assert [row["val_bpb"] for row in counted if row["tokenizer"] == "bpe"] == before
 
-
-# ---- Context.
 
 def test_the_best_context_is_that_of_the_lowest_mean_over_seeds():
     """Bytes: 128 has the lower mean, 512 the lowest run. G: bytes at 1e14 have what BPE has."""
@@ -207,24 +194,26 @@ def test_the_best_context_is_that_of_the_lowest_mean_over_seeds():
         for (tokenizer, budget, context), values in losses.items() for bpb in values)
     best = report.lowest(samples, {128, 256, 512})
     assert best["ar", "byte"].best == [(128, 64), (128, 64)]
-    gap, plain = (scaling.gaps_between(fits)["ar"]
-                  for fits in (best, report.lowest(samples, {512})))
-    assert (gap.bits[0], plain.bits[0]) == (pytest.approx([0.25]), pytest.approx([0.29]))
-    assert gap.G[0] == pytest.approx([10])
+    gap = scaling.gaps_between(best)["ar"]
+    assert (gap.bits[0, 0], gap.G[0, 0]) == pytest.approx((0.25, 10))
+    plain = scaling.gaps_between(report.lowest(samples, {512}))["ar"]
+    assert plain.bits[0, 0] == pytest.approx(0.29)
     # Two pairs of seeds, with an sd of 0.0141 by two degrees of freedom, and means of two.
     noise = samples[("mdm", "bpe"), 1e13, 256, 64][1:] - 1.81
     assert np.quantile(noise, 0.95) == pytest.approx(2.92 * 0.0141 / 2**0.5, rel=0.2)
 
 
-# ---- Coverage.
-
-def test_intervals_hold_the_truth_as_often_as_they_say_if_all_runs_are_as_noisy():
+def test_intervals_hold_the_truth_where_noise_falls_with_compute_and_those_of_one_pool_do_not():
     rows = planted(falling(8))
-    truth, noise = np.array([row["val_bpb"] for row in rows]), np.full(len(rows), 0.02)
-    for (_, name), shares in coverage.coverage(rows, truth, noise, scaling.resample, 80).items():
+    truth, budgets = (np.array([row[key] for row in rows]) for key in ("val_bpb", "flops_budget"))
+    noise = 0.06 * (budgets / 1e12) ** -0.5
+    old, new = (coverage.coverage(rows, truth, noise, resample, 60)
+                for resample in (coverage.from_one_pool, scaling.resample))
+    assert old["ar", "bits"][0] < 0.75 and old["ar", "bits"][5] == 1
+    for (_, name), shares in new.items():
         held = shares[np.isfinite(shares)]
         assert len(held) == (6 if name == "bits" else 5)
-        assert 0.85 < held.mean() < 0.97 and held.min() > 0.75
+        assert held.min() > 0.77 and 0.85 < held.mean() < 0.98
 
 
 def test_noise_is_measured_by_budget():
@@ -242,12 +231,8 @@ def test_noise_is_measured_by_budget():
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """The folder of the tables, and what the report prints of it; 1e+12 is 1e12."""
-    folder = tmp_path_factory.mktemp("published")
-    for name in ("runs", "baselines", "sensitivity"):
-        shutil.copy(RESULTS / f"{name}.csv", folder)
-    (folder / "english").mkdir()
-    for name in ("runs", "baselines"):
-        shutil.copy(RESULTS / "english" / f"{name}.csv", folder / "english")
+    folder = tmp_path_factory.mktemp("published") / "results"
+    shutil.copytree(RESULTS, folder, ignore=shutil.ignore_patterns("*.png", "logs", "queue"))
     done = here(folder, "study.report", "--out", ".")
     assert done.returncode == 0, done.stderr
     return folder, re.sub(r"e\+0?(\d)", r"e\1", done.stdout)
@@ -272,11 +257,8 @@ def test_one_pool_of_residuals_gives_the_intervals_of_d87cd5a():
 
 def test_the_contexts_of_the_published_runs(published):
     text = here(published[0], "study.report", "context", "--out", ".").stdout
-    for row in ("| AR, BPE | 1.645 (256, 64) |", "| AR, bytes | 1.996 (128, 64) |",
-                "| MDM, BPE | 2.311 (256, 48) |", "| MDM, bytes | 2.945 (128, 64) |"):
-        assert row in text
-    # No short context was tried at a larger budget, so G is not known.
-    assert re.search(r"AR [|] 1e.13 [|] 0.433 .* [|] 0.350 .* [|] -0.08 .* [|]  [|]", text)
+    assert "1.996 (128, 64)" in text and "2.311 (256, 48)" in text
+    assert re.search(r"AR [|] 1e.13 [|] 0.433 .* [|] 0.350 .* [|] -0.08", text)
 
 
 def test_a_table_without_minima_is_one_line(tmp_path):

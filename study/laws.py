@@ -102,8 +102,7 @@ def fit_frontiers(runs, highest):
         XL, X1 = L @ X.T / length, X.sum(axis=1) / length                       # (S, G), (G,)
         samples, by_entropy = np.arange(len(L)), []
         for E in grid:
-            # The best gamma is that of the longest projection of the losses.
-            projection = XL - E * X1                                                    # (S, G)
+            projection = XL - E * X1                  # (S, G): the longer, the better the gamma
             g = projection.argmax(axis=1)
             along = projection[samples, g]
             sse = ((L - E) ** 2).sum(axis=1) - along**2                                 # (S,)
@@ -136,8 +135,9 @@ def plot_frontiers(path, fits, fitted, E, laws):
     ax = figure.subplots()
     top = max(fit.budgets[-1] for fit in fits.values())
     for key, fit in fits.items():
-        color, inside, C = COLORS[key], fitted[key], np.geomspace(fit.budgets[0], 100 * top)
-        losses, trained = frontier(E, laws[key], C), C <= fit.budgets[-1]               # (S, 50)
+        color, inside = COLORS[key], fitted[key]
+        C = np.geomspace(fit.budgets[0], 100 * top, 300)
+        losses, trained = frontier(E, laws[key], C), C <= fit.budgets[-1]               # (S, 300)
         low, high = np.quantile(losses[1:], (0.05, 0.95), axis=0)
         ax.fill_between(C, low, high, color=color, alpha=0.15, linewidth=0)
         ax.plot(C, losses[0], ":", color=color)

@@ -4,8 +4,9 @@
     python -m study.report context      # what bytes cost with the best context of each side
     python -m study.report coverage     # how often the intervals hold the truth, by simulation
 
-Intervals are 90%. G is also read a little beyond the last budget of bytes: the last segment of
-their frontier, log loss against log C, is carried on by half a decade.
+Counting is read from baselines.csv (python -m study.counting). Intervals are 90%. G is also read a
+little beyond the last budget of bytes: the last segment of their frontier, log loss against log C,
+is carried on by half a decade.
 """
 import argparse
 import csv

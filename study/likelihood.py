@@ -42,11 +42,10 @@ LOOSENESS_COLUMNS = {"run": str, "sequences": int, "orders": int, "mixture": flo
                      "bound": float, "bound_less_mixture": float, "stderr": float}
 # length: of the match that the sequences do not have, 0 for all of them. bytes_per_token: of BPE.
 # gap: of bytes less BPE. change: of the gap, from all sequences to these.
-MEASURES = ("byte", "bpe", "gap", "change")
 REPETITION_COLUMNS = {
     "objective": str, "flops_budget": float, "byte_width": int, "bpe_width": int, "length": int,
     "byte_sequences": int, "bpe_sequences": int, "bytes_per_token": float} | {
-    name + end: float for name in MEASURES for end in ("", "_low", "_high")}
+    name + end: float for name in ("byte", "bpe", "gap", "change") for end in ("", "_low", "_high")}
 
 
 # ---- The order of reading, and the looseness of the bound.
@@ -91,6 +90,8 @@ def order_rows(args):
 
 def looseness_rows(args):
     """Yield the rows of looseness.csv: of each MDM in args.runs, on bytes or BPE."""
+    if not args.runs:
+        raise InputError("looseness: name the folders of finished MDM runs")
     for folder in args.runs:
         model, settings, tokenizer = log.load_model(folder, run.pick_device())
         corpus = data.load(args.data, settings["tokenizer"], settings["vocab_size"])
@@ -175,7 +176,7 @@ def read_bits(corpus, result, folder):
 
 
 def measure(readings, matches):
-    """Yield (length, counts of sequences, bytes of BPE's, MEASURES) of those without a match.
+    """Yield (length, sequences without a match, the bytes of BPE's, what is measured of them).
 
     readings: of read_bits, bytes and BPE. matches: {length: of repeated}. Length 0: all sequences.
     """

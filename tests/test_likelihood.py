@@ -130,5 +130,6 @@ def test_the_bits_of_repetition_are_those_of_the_evaluation(workplace, runs, mon
 def test_runs_that_a_study_cannot_read_are_named_in_one_line(workplace, runs):
     other = here(workplace, "study.likelihood", "looseness", runs[0], "--data", "text.txt")
     assert_one_line(other, "ar-byte is no MDM")
+    assert_one_line(here(workplace, "study.likelihood", "looseness"), "name the folders")
     assert_one_line(here(workplace, "study.likelihood", "order", "--plot-only", "--out", "no"),
                     "order.csv")

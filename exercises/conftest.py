@@ -84,9 +84,12 @@ def answer(request):
 
 @pytest.fixture
 def reveal(request):
-    """A function that takes the truths, {question: number}, and lines to show below them."""
-    def keep(truths, lines=()):
-        truths = {question: float(truth) for question, truth in truths.items()}
+    """A function that takes the truths, in the order of PREDICT, and lines to show below them."""
+    def keep(*truths, lines=()):
+        questions = request.node.funcargs["answer"].PREDICT
+        if len(questions) != len(truths):
+            pytest.fail("PREDICT has other questions than the exercise", pytrace=False)
+        truths = dict(zip(questions, map(float, truths), strict=True))
         request.node.user_properties += [("truths", truths), ("lines", list(lines))]
     return keep
 

@@ -106,24 +106,19 @@ def same(quoted, printed):
     return abs(float(number) - float(exact)) <= 0.501 * 10.0**-digits
 
 
-@pytest.fixture(scope="module")
-def printed(tmp_path_factory):
-    """Return the intervals that the commands of the report print, from its tables."""
-    folder = tmp_path_factory.mktemp("printed")
-    shutil.copytree(ROOT / "results", folder / "results",
+def test_every_number_with_an_interval_is_printed_by_a_command(tmp_path):
+    """In the report, and in two sections of the README. The commands read the tables only."""
+    shutil.copytree(ROOT / "results", tmp_path / "results",
                     ignore=shutil.ignore_patterns("logs", "queue", "*.png"))
-    done = [here(folder, *command) for command in PRINTED]
+    done = [here(tmp_path, *command) for command in PRINTED]
     assert [run.stderr for run in done if run.returncode] == []
-    return [triple for run in done for triple in intervals(run.stdout)]
-
-
-@pytest.mark.parametrize("text", [
-    REPORT, re.search("\n## The result.*?\n## ", README, re.S)[0],
-    re.search("\n### Why bytes cost.*?\n## ", README, re.S)[0]], ids=["report", "result", "why"])
-def test_every_number_with_an_interval_is_printed_by_a_command(text, printed):
-    missing = [triple for triple in intervals(text)
-               if not any(all(map(same, triple, other)) for other in printed)]
-    assert missing == [], "no command prints these"
+    printed = [triple for run in done for triple in intervals(run.stdout)]
+    result = re.search("\n## The result.*?\n## ", README, re.S)[0]
+    why = re.search("\n### Why bytes cost.*?\n## ", README, re.S)[0]
+    for text in (REPORT, result, why):
+        missing = [triple for triple in intervals(text)
+                   if not any(all(map(same, triple, other)) for other in printed)]
+        assert missing == [], "no command prints these"
 
 
 def test_no_line_of_the_readme_is_over_120_columns():

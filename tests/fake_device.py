@@ -46,15 +46,15 @@ def try_out(net, corrupt, device):
 _setup_privateuseone_for_python_backend("pretended")
 device = torch.device("pretended:0")
 with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-    causal, masked = (plain.Transformer(plain.Config(300, 32, 64, causal))
+    causal, masked = (plain.Transformer(plain.Config(300, 16, 64, causal))
                       for causal in (True, False))
-    convolved = variants.Transformer(variants.Config(300, 32, 64, False, conv=3, patch=4))
+    convolved = variants.Transformer(variants.Config(300, 16, 64, False, conv=3, patch=4))
 with FakeTensorMode(allow_non_fake_inputs=True):
     try_out(causal, train_ar.corrupt, device)
     try_out(masked, train_mdm.corrupt, device)
     try_out(convolved, study.corrupt_spans, device)
-    text = torch.zeros(2, 8, dtype=torch.long, device=device)
-    list(sample.generate(causal, text, 64, top_k=5))
+    text = torch.zeros(2, 4, dtype=torch.long, device=device)
+    list(sample.generate(causal, text, 14, top_k=5))
     for net in (causal, masked):
         assert sample.token_bits(net, text[0]).device.type == device.type
 print("no two devices are mixed")

@@ -12,7 +12,7 @@ set -uo pipefail
 home=runs/accept
 out=${OUT:-$home}
 root=$(cd "$(dirname "$0")/.." && pwd)
-export PYTHONPATH=$root PYTHONUNBUFFERED=1 TQDM_MININTERVAL=20
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TQDM_MININTERVAL=20
 
 device=cuda
 dry=()

@@ -146,11 +146,14 @@ def repeated(val, train, length):
 
     A false match has a chance of about 2^-38.
     """
-    wanted = hashes(val, length)
+    # Sorted, which makes the search many times faster.
+    wanted, index = np.unique(hashes(val, length), return_inverse=True)
     matches = np.zeros(len(wanted), dtype=bool)
     for start in range(0, len(train) - length + 1, BLOCK):
-        matches |= np.isin(wanted, hashes(train[start:start + BLOCK + length - 1], length))
-    return matches
+        block = np.sort(hashes(train[start:start + BLOCK + length - 1], length))
+        at = np.searchsorted(block, wanted).clip(max=len(block) - 1)
+        matches |= block[at] == wanted
+    return matches[index]
 
 
 def without_match(begin, end, matches, length):

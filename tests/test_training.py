@@ -24,7 +24,6 @@ import log
 import run
 import train_ar
 import train_mdm
-from data import InputError
 from model import Config, Transformer
 
 # What the imports made need not be looked at again whenever memory is collected.
@@ -84,8 +83,7 @@ def train_half(workplace, objective, out, *arguments):
 
 @pytest.mark.parametrize("objective, tokenizer", [
     ("ar", "byte"), ("ar", "bpe"), ("mdm", "byte"), ("mdm", "bpe")])
-def test_a_configuration_trains_to_its_budget(workplace, source_text, monkeypatch, objective,
-                                              tokenizer):
+def test_a_configuration_trains_to_its_budget(workplace, monkeypatch, objective, tokenizer):
     out = f"run-{objective}-{tokenizer}"
     arguments = (objective, out, "--tokenizer", tokenizer, "--flops", 1e10)
     done = train(workplace, *arguments)
@@ -109,7 +107,7 @@ def test_a_configuration_trains_to_its_budget(workplace, source_text, monkeypatc
     assert validated == pytest.approx([i / 8 for i in range(1, 9)], abs=1 / 100)
 
     # It has learned more than how often each byte occurs, but not seen the text. MDM is slower.
-    share = np.bincount(np.frombuffer(source_text, np.uint8)).clip(1) / len(source_text)
+    share = np.bincount(np.fromfile(workplace / "text.txt", np.uint8)).clip(1) / 300_000
     slack = 0 if objective == "ar" else 0.3
     assert 1.5 < result["val_bpb"] < -(share * np.log2(share)).sum() + slack
     assert 0 < result["val_bpb_stderr"] < 0.2
@@ -288,7 +286,7 @@ def test_a_killed_or_stopped_run_resumes_to_the_bit(workplace, uninterrupted):
 
 def test_a_full_disk_keeps_the_last_checkpoint(workplace, uninterrupted):
     """Promise: a file is whole or not there."""
-    objective, flags, whole = uninterrupted
+    objective, flags, _ = uninterrupted
     out = f"full-{objective}"
     train_half(workplace, objective, out, *flags)
     good = (workplace / out / "checkpoint.pt").read_bytes()
@@ -298,7 +296,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(workplace, uninterrupted):
         done = train(workplace, objective, out, *flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert_one_line(done, "error: ")
+    assert_one_line(done, "is the disk full?")
     assert (workplace / out / "checkpoint.pt").read_bytes() == good
     assert_resumes_to_the_same(workplace, out, uninterrupted)
 
@@ -371,7 +369,7 @@ class Bomb:
 
 def test_no_code_in_a_checkpoint_runs(tmp_path, capsys):
     torch.save({"model": Bomb()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(InputError, match="checkpoint"), log.reading(tmp_path / "checkpoint.pt"):
+    with pytest.raises(data.InputError, match="damaged"), log.reading(tmp_path):
         log.read_checkpoint(tmp_path / "checkpoint.pt")
     assert "was run" not in capsys.readouterr().out
 
@@ -400,9 +398,8 @@ def test_plain_runs_of_older_code_resume_and_are_loaded(workplace, uninterrupted
     rewrite(finished, old)
     done = train(workplace, objective, finished, *flags)
     assert done.returncode == 0 and f"{result_of(whole)['val_bpb']:.4f}" in done.stdout
-    net, _, tokenizer = log.load_model(finished)
-    assert same_bits(net.state_dict(), log.load_model(whole)[0].state_dict())
-    assert tokenizer.decode(tokenizer.encode(b"def f(x):")) == b"def f(x):"
+    nets = [log.load_model(folder)[0].state_dict() for folder in (whole, finished)]
+    assert same_bits(*nets)
     written = [here(workplace, "sample.py", folder, "--length", 8).stdout
                for folder in (whole, finished)]
     assert written[0] == written[1]
@@ -411,13 +408,11 @@ def test_plain_runs_of_older_code_resume_and_are_loaded(workplace, uninterrupted
 @pytest.mark.parametrize("settings", [OLD | {"conv": 4}, {"conv": 4}, {"lookahead": 2}])
 def test_a_variant_says_in_one_line_where_it_can_be_read(workplace, uninterrupted, settings):
     """Promise: a run of a variant is not read as a plain one."""
-    objective, flags, whole = uninterrupted
+    objective, _, whole = uninterrupted
     folder = workplace / f"variant-{objective}-{len(settings)}-{min(settings)}"
     shutil.copytree(whole, folder)
     rewrite(folder, settings)
     assert_one_line(here(workplace, "sample.py", folder), f"python -m study.sample {folder}")
-    with pytest.raises(InputError, match="study.sample"):
-        log.load_model(folder)
 
 
 # ---- What goes wrong in a run.
@@ -435,8 +430,7 @@ def test_memory_that_runs_out_is_one_line(workplace, monkeypatch, error):
     def forward(*arguments, **options):
         raise error
     monkeypatch.setattr(Transformer, "forward", forward)
-    out = f"too-large-{type(error).__name__}"
-    done = train(workplace, "ar", out, "--flops", 2e9)
+    done = train(workplace, "ar", type(error).__name__, "--flops", 2e9)
     assert_one_line(done, "out of memory: lower --micro")
 
 
@@ -455,14 +449,12 @@ def test_without_a_compiler_a_run_is_not_compiled_or_says_what_to_do(workplace, 
 
 def test_compiled_training_is_one_graph_and_the_same_training(workplace, monkeypatch):
     """Traced as ever, but no code is generated, which would take a minute."""
-    compiler = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
-    flags = ("--flops", 2e9, "--micro", 64)
     for compiled in ("on", "off"):
-        train(workplace, "mdm", f"compiled-{compiled}", *flags, "--compile", compiled)
+        train(workplace, "mdm", f"compiled-{compiled}", "--flops", 2e9, "--compile", compiled)
     # One of the model, and one of the function that tries the compiler.
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     bpb = [result_of(workplace / f"compiled-{name}")["val_bpb"] for name in ("on", "off")]
@@ -526,9 +518,7 @@ def test_two_processes_train_as_one_and_finish_what_one_began(workplace):
         assert (a["step"], a["bytes"], a["lr"]) == (b["step"], b["bytes"], b["lr"])
     for name, weight in weights_of(one).items():
         assert torch.allclose(weight, weights_of(two)[name], atol=2e-2)
-    one, two = result_of(one), result_of(two)
-    assert two["val_bpb"] == pytest.approx(one["val_bpb"], rel=1e-4)
-    assert (two["bytes"], two["batch_tokens"]) == (one["bytes"], one["batch_tokens"])
+    assert result_of(two)["val_bpb"] == pytest.approx(result_of(one)["val_bpb"], rel=1e-4)
 
 
 def test_bad_input_of_many_processes_is_one_line_and_waits_for_nobody(workplace, monkeypatch):
@@ -537,7 +527,7 @@ def test_bad_input_of_many_processes_is_one_line_and_waits_for_nobody(workplace,
     monkeypatch.setattr(run.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(run.os, "_exit", sys.exit)
     assert_one_line(train(workplace, "ar", "refused", "--data", "nowhere"), "nowhere")
-    with pytest.raises(InputError, match="a batch of 1 sequences is too small for 2 processes"):
+    with pytest.raises(data.InputError, match="a batch of 1 sequences is too small"):
         run.split_batch(argparse.Namespace(micro=None), 1, Config(), torch.device("cpu"), 0, 2)
 
 
@@ -553,8 +543,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
 
 def test_no_step_and_no_sample_mixes_two_devices(tmp_path):
     done = execute(tmp_path, "tests/fake_device.py")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "no two devices are mixed\n"
+    assert done.stdout == "no two devices are mixed\n", done.stderr
 
 
 def test_the_twins_differ_in_the_objective_alone():

@@ -14,8 +14,9 @@ import run
 import sample
 from data import InputError
 from log import read_checkpoint, read_result, reading, tokenizer_of
+from sample import generate as generate_with_cache
 from study.train import PLAIN, PLAIN_MODEL, corrupt_ar, corrupt_spans
-from study.variants import Config, Transformer
+from study.variants import Config, KVCache, Transformer
 
 
 def load_model(folder, device="cpu"):
@@ -35,8 +36,11 @@ def load_model(folder, device="cpu"):
 
 @torch.inference_mode()
 def generate(model, ids, length, **options):
-    """Do what sample.generate does, but read the text from its start for each token."""
+    """Do what sample.generate does; with patches, read the text from its start for each token."""
     context, P = model.config.context, model.config.patch
+    if P == 1:
+        yield from generate_with_cache(model, ids, length, KVCache, **options)
+        return
     for _ in range(length):
         if ids.size(1) >= context:
             ids = ids[:, -(context // 2):]

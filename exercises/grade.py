@@ -279,7 +279,7 @@ def write_tables(students, exercises, args):
 
 
 def write_json(args, exercises):
-    """Grade one student's folder into the results.json of Gradescope."""
+    """Grade one student's folder into the results.json of Gradescope. Return whether all pass."""
     files, tests = files_in(args.submissions), []
     for exercise in exercises:
         graded = grade(files.get(exercise), exercise, args)
@@ -290,6 +290,7 @@ def write_json(args, exercises):
         tests.append({"name": exercise, "score": int(graded.status == "pass"), "max_score": 1,
                       "output": "\n".join(lines)})
     args.json.write_text(json.dumps({"tests": tests}, indent=1))
+    return all(test["score"] for test in tests)
 
 
 def main():
@@ -308,7 +309,7 @@ def main():
     if not args.submissions.is_dir():
         parser.exit(2, f"error: {args.submissions} is not a folder\n")
     if args.json:
-        return write_json(args, args.exercises)
+        parser.exit(0 if write_json(args, args.exercises) else 1)
     students, strangers = find_submissions(args.submissions.resolve())
     for path in strangers:
         print(f"not graded, its name lacks a student or eNN_: {path.name}", file=sys.stderr)

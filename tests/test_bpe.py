@@ -76,6 +76,8 @@ def test_merges_may_spell_the_same_bytes():
     assert Tokenizer(merges).vocab_size == 261
     for text in (b"abcd", b"bcabcdabc", b"aabcdd"):
         assert_encodes_as_brute_force(merges, text)
+    # The earlier id serves for both.
+    assert Tokenizer(merges).encode(b"abc") == [258]
 
 
 def test_any_bytes_are_decoded_to_what_was_encoded(source_text):

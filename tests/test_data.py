@@ -318,6 +318,8 @@ def test_an_epoch_reads_every_sequence_once():
     starts = epoch[:, 0]
     assert len(set(starts)) == 99 and len(set(starts % 10)) == 1
     assert (epoch == starts[:, None] + np.arange(10)).all()
+    # The next one is cut and ordered anew.
+    assert not set(sequences.batch(3, 9, 11)[:, 0]) <= set(starts)
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step():

@@ -19,7 +19,8 @@ would you have to train? (Section 3.14 of results/README.md did, and arXiv 2407.
 PREDICT = {
     "width 32: FLOPs per byte with bytes / with a BPE of 4,096": None,
     "width 576: the same": None,
-    "width 32: the vocabulary with the fewest FLOPs per byte (512, 768, 1,024, ..., 4,096)": None,
+    # Of 512, 768, 1,024, 1,536, 2,048, 3,072 and 4,096.
+    "width 32: the vocabulary with the fewest FLOPs per byte": None,
 }
 # Afterwards: one sentence for each, why it is so.
 EXPLAIN = ["", "", ""]
@@ -33,16 +34,19 @@ def bytes_per_token(text, tokenizer):
     raise NotImplementedError
 
 
-def flops_per_byte(width, vocab_size, bytes_per_token, context_bytes):
+def flops_per_byte(width, vocab_size, length, context_bytes):
     """Return the FLOPs to train on one byte of text: a float.
 
-    The model reads sequences of context_bytes, which it sees as tokens: without BPE (vocab_size is
-    256) as many as bytes, else a multiple of 16. Use model.Config and what it offers.
+    length: the bytes of a token, on average. context_bytes: the bytes of a sequence. Its tokens are
+    as many if there is no BPE (vocab_size is 256), else a multiple of 16, as `Corpus.tokens` rounds
+    it. Use model.Config and what it offers.
     """
     raise NotImplementedError
 
 
 def cheapest(width, lengths, context_bytes):
-    """Return the vocabulary size with the fewest FLOPs per byte. lengths: {size: bytes_per_token}.
+    """Return the vocabulary size with the fewest FLOPs per byte, an int.
+
+    lengths: {vocabulary size: bytes of a token, on average}.
     """
     raise NotImplementedError

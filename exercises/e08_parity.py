@@ -14,7 +14,8 @@ up to 3e14 FLOPs. What do they say?
 (c) E is not measured. Write `entropy`, which chooses it by the fit: for each curve alone, or one E
     for all curves.
 
-Read first: scaling.fit_minima. Leave scaling.compute_to_reach for later: it is close to (a).
+Read first: scaling.fit_minima. Leave scaling.compute_to_reach for later: it is close to (a), and
+the test turns it off.
 
 Afterwards: print the parity of MDM, too, and that of AR for a few E. Do the same for some of the
 samples in Fit.minima (E = 0). What may one claim of parity? What may one claim of G? And can a text
@@ -51,6 +52,7 @@ def entropy(curves, grid):
     """Return the E of the grid (m,) with which the laws of the curves fit best: a float.
 
     curves: a list of (C, L). Each has a K and a gamma of its own, by `frontier`; they share E. Best
-    is the least sum of (E + K C^-gamma - L)^2, over all points of all curves.
+    is the least sum of (E + K C^-gamma - L)^2, over all points of all curves. All E of the grid are
+    below all L.
     """
     raise NotImplementedError

@@ -73,39 +73,41 @@ def student_of(name):
     return (f"{canvas[1]}_{canvas[3]}", bool(canvas[2])) if canvas else (name, False)
 
 
+def upload(path):
+    """Return a key that is larger for later uploads: "e01_bpb-1.py" came after "e01_bpb.py"."""
+    again = re.search(r"[-(](\d+)\)?\.py$", path.name)
+    return int(again[1]) if again else 0, -len(path.parts), path.name
+
+
 def files_in(folder):
     """Return {exercise: file} of one student's folder. The last of several uploads counts."""
-    def upload(path):
-        # "e01_bpb-1.py" came after "e01_bpb.py".
-        again = re.search(r"[-(](\d+)\)?\.py$", path.name)
-        return int(again[1]) if again else 0, -len(path.parts)
-
-    found = {}
-    for path in sorted(Path(folder).rglob("*.py"), key=upload):
+    files = {}
+    for path in sorted(folder.rglob("*.py"), key=upload):
         match = NAME.fullmatch(path.name)
         if match and match["exercise"] in BLANKS and path.is_file():
-            found[match["exercise"]] = path
-    return found
+            files[match["exercise"]] = path
+    return files
 
 
 def find_submissions(folder):
     """Return {student: (their files, exercises that are late)}, and what is nobody's file."""
     students, strangers = {}, []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=upload):
         if path.name.startswith((".", "__MACOSX")):
             continue
         if path.is_dir():
-            students[student_of(path.name)[0]] = files_in(path), []
+            students[student_of(path.name)[0]] = files_in(path), set()
             continue
         match = NAME.fullmatch(path.name)
         if not match or not match["student"] or match["exercise"] not in BLANKS:
             strangers.append(path)
             continue
         exercise, (student, is_late) = match["exercise"], student_of(match["student"])
-        files, late = students.setdefault(student, ({}, []))
+        files, late = students.setdefault(student, ({}, set()))
         files[exercise] = path
-        late += [exercise] * is_late
-    return students, strangers
+        if is_late:
+            late.add(exercise)
+    return dict(sorted(students.items())), strangers
 
 
 # -----------------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def write_tables(students, exercises, args):
             statuses = [graded[e].status for e in exercises]
             print(f"{student[:24]:24}", *(f"{word:7}" for word in statuses), len(passed),
                   flush=True)
-            add_grades(student, *statuses, len(passed), " ".join(students[student][1]),
+            add_grades(student, *statuses, len(passed), " ".join(sorted(students[student][1])),
                        "; ".join(look))
             for e in exercises:
                 if graded[e].message:

@@ -229,6 +229,7 @@ def test_no_report_is_believed_without_the_nonce():
 
 def test_names_as_canvas_and_moodle_export_them(folder):
     for name in ["leeann_123_456_e01_bpb.py", "leeann_LATE_123_789_e02_flops-1.py",
+                 "leeann_123_99_e02_flops.py",
                  "Bo Doe_77_assignsubmission_file_e01_bpb.py",
                  "Cy Roe_78_assignsubmission_file_/e01_bpb.py", "dee12/bytegap/exercises/e03_x.py",
                  "dee12/e01_bpb (1).py", "dee12/e01_bpb (2).py", "dee12/test_e01_x.py",
@@ -241,10 +242,10 @@ def test_names_as_canvas_and_moodle_export_them(folder):
              for student, (files, late) in students.items()}
     assert names == {
         "leeann_123": ({"e01": "leeann_123_456_e01_bpb.py",
-                        "e02": "leeann_LATE_123_789_e02_flops-1.py"}, ["e02"]),
-        "Bo Doe_77": ({"e01": "Bo Doe_77_assignsubmission_file_e01_bpb.py"}, []),
-        "Cy Roe_78": ({"e01": "e01_bpb.py"}, []),
-        "dee12": ({"e01": "e01_bpb (2).py", "e03": "e03_x.py"}, [])}
+                        "e02": "leeann_LATE_123_789_e02_flops-1.py"}, {"e02"}),
+        "Bo Doe_77": ({"e01": "Bo Doe_77_assignsubmission_file_e01_bpb.py"}, set()),
+        "Cy Roe_78": ({"e01": "e01_bpb.py"}, set()),
+        "dee12": ({"e01": "e01_bpb (2).py", "e03": "e03_x.py"}, set())}
     assert [path.name for path in strangers] == ["e01_bpb.py", "eli_e99_x.py"]
 
 

@@ -296,16 +296,3 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(folder, cal
     assert "result.json is damaged" in call("changed")
     (folder / "changed/result.json").unlink()
     assert "no finished run" in call("changed")
-
-
-def test_a_plain_run_of_older_code_is_sampled_and_a_variant_is_not(folder, call):
-    plain = {"shuffle": 1, "permutation": 0, "phase": 0, "span": 1, "span_share": 1,
-             "schedule": None, "conv": 0, "patch": 1}
-
-    def as_it_was(saved):
-        saved["settings"] |= plain
-        saved["merges"] = [[bytes(token).hex() for token in pair] for pair in saved["merges"]]
-    text = call("runs/ar-bpe", "--seed", 5)
-    assert call(changed(folder, "ar-bpe", as_it_was), "--seed", 5) == text
-    shuffled = changed(folder, "ar-bpe", lambda saved: saved["settings"].update(shuffle=4))
-    assert "a variant (shuffle 4): python -m study.sample changed" in call(shuffled)

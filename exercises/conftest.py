@@ -35,7 +35,7 @@ def pytest_addoption(parser):
 # The student's answer.
 
 def load_answer(folder, exercise):
-    """Return the module FOLDER/eNN_*.py. Fail if it is not there."""
+    """Return the module FOLDER/eNN_*.py. Fail if it is not there, or holds no predictions."""
     files = sorted(Path(folder).glob(f"{exercise}_*.py"))
     if len(files) != 1:
         pytest.fail(f"{exercise}: {len(files)} files {exercise}_*.py in {folder}, and not one",
@@ -44,6 +44,8 @@ def load_answer(folder, exercise):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    if not isinstance(getattr(module, "PREDICT", None), dict):
+        pytest.fail(f"{exercise}: there is no PREDICT in {files[0].name}", pytrace=False)
     return module
 
 

@@ -268,7 +268,8 @@ def write_tables(students, exercises, args):
             counts.update((e, counts[e] + 1) for e in passed)
             look = [f"{e}: {' '.join(graded[e].words)}" for e in exercises if graded[e].words]
             statuses = [graded[e].status for e in exercises]
-            print(f"{student[:24]:24}", *(f"{word:7}" for word in statuses), len(passed),
+            name = student.encode("utf-8", "backslashreplace").decode()[:24]
+            print(f"{name:24}", *(f"{word:7}" for word in statuses), len(passed),
                   flush=True)
             add_grades(student, *statuses, len(passed), " ".join(sorted(students[student][1])),
                        "; ".join(look))

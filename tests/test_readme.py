@@ -23,7 +23,7 @@ STUDY = [f"study.{path.stem}" for path in sorted((ROOT / "study").glob("*.py"))]
 MODULES = "|".join([*STUDY, *(path.stem for path in ROOT.glob("*.py"))]).replace(".", r"\.")
 COMMAND = r"(?:python\S*|torchrun \S+) (?:-m )?(study\.\w+|[\w/]+\.py)\b([^`|;&#\n]*)"
 # Files that the repository does not hold.
-MADE_BY_A_RUN = {"log.csv", "loss.png", "grades.csv", "grades/STUDENT.txt"}
+MADE_BY_A_RUN = {"log.csv", "loss.png", "grades.csv", "messages.csv", "predictions.csv"}
 # The commands whose numbers the report quotes.
 PRINTED = [("scaling.py", "--plot-only"), ("scaling.py", "--plot-only", "--out", "results/english"),
            ("study.report",), ("study.report", "context"), ("study.remedies", "--plot-only"),

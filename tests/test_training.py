@@ -376,7 +376,8 @@ def rewrite(folder, settings):
 
 def test_plain_runs_of_older_code_resume_and_are_loaded(workplace, uninterrupted):
     objective, flags, whole = uninterrupted
-    old = OLD | {"schedule": "linear" if objective == "mdm" else None}
+    old = OLD | {"schedule": "linear" if objective == "mdm" else None,
+                 "corpus": result_of(whole)["corpus"] | {"name": "text"}}
     train_half(workplace, objective, f"old-{objective}", *flags)
     rewrite(workplace / f"old-{objective}", old)
     assert_resumes_to_the_same(workplace, f"old-{objective}", uninterrupted)
@@ -386,8 +387,7 @@ def test_plain_runs_of_older_code_resume_and_are_loaded(workplace, uninterrupted
     rewrite(finished, old)
     done = train(workplace, objective, finished, *flags)
     assert done.returncode == 0 and f"{result_of(whole)['val_bpb']:.4f}" in done.stdout
-    nets = [log.load_model(folder)[0].state_dict() for folder in (whole, finished)]
-    assert same_bits(*nets)
+    assert same_bits(*(log.load_model(folder)[0].state_dict() for folder in (whole, finished)))
     written = [here(workplace, "sample.py", folder, "--length", 8).stdout
                for folder in (whole, finished)]
     assert written[0] == written[1]

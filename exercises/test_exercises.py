@@ -609,7 +609,6 @@ def check_held(held):
         inside = np.asarray(held(samples, np.array([50, 60, 5.5, 94.5, 4.5, 95.5]) ** power))
         where = f"held, of the samples 0 to 100{name}"
         check(inside.shape == (6,), f"held: what you return has the shape {inside.shape}, not (K,)")
-        check(inside[0], f"{where}: the median is outside")
         check(inside[1], f"{where}: 60 is outside. That is an interval for the mean of samples")
         check(inside[2] and inside[3], f"{where}: 5.5 or 94.5 is outside, so more than 5% are")
         check(not inside[4] and not inside[5], f"{where}: 4.5 or 95.5 is inside, so less than 5% "
@@ -714,6 +713,7 @@ def check_frontier(answer):
                 (40, 0.12), [
             ((40, -0.12), "gamma is positive for a loss that falls"),
             ((math.log(40), 0.12), "you returned ln K, and not K"),
+            ((-0.12, math.log(40)), "this is what polyfit returns: -gamma and ln K"),
             (ignored, "E plays no part: fit L - E")], 1e-4)
 
 
@@ -1093,8 +1093,7 @@ def test_e13(answer, reveal):
 FLOORS = {1e12: 0.85, 2e10: 1.05}
 PATCHES = 16                          # in a sequence, at least
 PLAIN = {"width": 32, "batch_tokens": 512, "lr": 0.0015}
-# Published runs of MDM on bytes with interventions.
-MARKS = ("remedies.csv", "ngrams.csv")
+MARKS = ("remedies.csv", "ngram.csv")     # of results/
 
 
 def read_runs(answer):
@@ -1110,9 +1109,10 @@ def read_runs(answer):
         check(result["flops_budget"] in FLOORS,
               f"{name}: no floor is known for a budget of {result['flops_budget']:g} FLOPs")
     baseline, best = results.values()
-    for name, key in (("budgets", "flops_budget"), ("seeds", "seed"), ("texts", "corpus")):
-        check(best[key] == baseline[key], f"BEST and BASELINE have different {name}, {best[key]} "
-              f"and {baseline[key]}: they must be equal")
+    for key in ("flops_budget", "seed", "sha256"):
+        of_best, of_baseline = ((result | result["corpus"])[key] for result in (best, baseline))
+        check(of_best == of_baseline,
+              f"BEST and BASELINE differ in {key}, {of_best} and {of_baseline}: train both alike")
     is_plain = not set(study.train.PLAIN) & set(baseline) and PLAIN.items() <= baseline.items()
     check(is_plain, f"BASELINE is not plain: it must have {PLAIN}, and no intervention")
     patch = best.get("patch", 1)
@@ -1183,10 +1183,10 @@ def marks():
         for row in csv.DictReader(path.open()):
             key = row["objective"], row["tokenizer"], row["flops_budget"], row["context_bytes"]
             if key == ("mdm", "byte", "1000000000000.0", "512"):
-                flags = [f"--{flag} {row[flag]}" for flag, plain in study.train.PLAIN.items()
-                         if row.get(flag) not in (None, "", str(plain))]
-                gains.append(f"{3.788 - float(row['val_bpb']):8.3f}  --width {row['width']} "
-                             + " ".join(flags))
+                words = [f"{flag} {row[flag]}" for flag in ("width", *study.train.PLAIN, "lr")
+                         if row.get(flag) not in (None, "", str(study.train.PLAIN.get(flag)))
+                         and "span" not in flag]
+                gains.append(f"{3.788 - float(row['val_bpb']):8.3f}  {', '.join(words)}")
     return ["marks to beat: gains of published runs at 1e12 FLOPs of pysrc", *sorted(gains)]
 
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # The first minutes on a GPU, without a network: two commands of at most 400 and 300 seconds.
 #
-#     bash tests/accept.sh expect    # before, on any CPU (15 minutes): what part 2 is compared with
+#     bash tests/accept.sh expect    # before, on a CPU (5 minutes): what part 2 is compared with
 #     bash tests/accept.sh 1         # is it right, and how fast?
 #     bash tests/accept.sh 2         # do runs end, resume, and reach the losses of the CPU?
 #

@@ -189,7 +189,6 @@ def waits(objective, compile):
           mock.patch.object(log, "LOG_ROWS", 1),
           mock.patch.object(sys, "argv", ["", "--data", str(ROOT / "README.md"), *arguments]),
           warnings.catch_warnings(record=True) as warned):
-        # Else equal warnings are shown once.
         warnings.simplefilter("always")
         if CUDA:
             torch.cuda.set_sync_debug_mode("warn")

@@ -524,9 +524,13 @@ def test_bad_input_of_many_processes_is_one_line_and_waits_for_nobody(workplace,
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     opened = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", opened.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert run.pick_device() == torch.device("cuda:3") and opened == ["cuda:3"]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(data.InputError, match="fewer GPUs than processes"):
+        run.pick_device()
 
 
 def test_no_step_and_no_sample_mixes_two_devices(tmp_path):

@@ -190,7 +190,7 @@ def run_test(path, exercise, limits):
 def judge(written, code, words):
     """Return the Grade that a report and an exit status come to."""
     if written is None:
-        return Grade("crashed", f"no result: the process ended with status {code}", words)
+        return Grade("crashed", f"the process ended with status {code} and no report", words)
     if not written["is_ours"]:
         return Grade("look", "a report that our test did not write", words)
     if len(written["tests"]) != 1:

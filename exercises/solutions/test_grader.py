@@ -93,6 +93,8 @@ def test_a_blank_exercise_asks_for_predictions_and_then_for_functions(exercise, 
 
     text = BLANKS[exercise].read_text()
     (folder / BLANKS[exercise].name).write_text(text.replace('": None', '": 1'))
+    assert grade.is_untouched(folder / BLANKS[exercise].name, exercise)
+    assert not grade.is_untouched(SOLUTIONS / BLANKS[exercise].name, exercise)
     if "raise NotImplementedError" in text:
         with pytest.raises(NotImplementedError) as failure:
             run_exercise(exercise, folder)
@@ -171,15 +173,12 @@ def test_grade_makes_tables_of_all_students(folder):
     submissions = {
         "ann": text,
         "bob": blank,
-        "cid": predicted.replace("raise NotImplementedError", "return nats.sum()", 1),
+        "c" * 240: predicted.replace("raise NotImplementedError", "return 1 / nats.sum()", 1),
         "dan": re.sub("(occurs, .*): .*,", r"\1: None,", text),
         "eva": text + FORGED,
         "gus": text + "\nimport pytest\npytest.skip('not today', allow_module_level=True)\n",
         "hal": text + "\nbytes(10**10)\n",
-        "ida": text + "\nimport os\nos.kill(os.getpid(), 9)\n",
         "jon": text + "\nimport sys\nsys.modules['test_exercises'].check = print\n",
-        "kim": predicted,
-        "l" * 240: text.replace("bits = nats", "bits = 2 * nats"),
     }
     everybody = folder / "class"
     for name, answer in submissions.items():
@@ -191,21 +190,20 @@ def test_grade_makes_tables_of_all_students(folder):
     assert done.stderr.splitlines() == ["not graded, its name lacks a student or eNN_: notes.txt"]
     rows = {row["student"]: row for row in read_table(folder / "grades.csv")}
     assert {name[:3]: row["e01"] for name, row in rows.items()} == {
-        "ann": "pass", "bob": "blank", "cid": "wrong", "dan": "predict", "eva": "crashed",
-        "gus": "look", "hal": "crashed", "ida": "crashed", "jon": "look",
-        "kim": "blank", "lll": "wrong", "bad": "blank"}
+        "ann": "pass", "bob": "blank", "ccc": "wrong", "dan": "predict", "eva": "crashed",
+        "gus": "look", "hal": "crashed", "jon": "look", "bad": "blank"}
     assert list(rows["ann"]) == ["student", "e01", "passed", "late", "look"]
     assert {name for name, row in rows.items() if row["look"]} == {"eva", "gus", "jon"}
     assert rows["jon"]["look"] == "e01: sys.modules test_exercises"
-    assert done.stdout.splitlines()[-1].split() == ["pass", "8%"]
+    assert done.stdout.splitlines()[-1].split() == ["pass", "11%"]
     messages = {row["student"]: row["message"] for row in read_table(folder / "messages.csv")}
-    assert "not 1.33333" in messages["l" * 240]
-    assert "status -9" in messages["ida"]
+    assert "not 1.33333" in messages["c" * 240]
+    assert "status 0 and no report" in messages["eva"]
     guesses = read_table(folder / "predictions.csv")
     ann = next(row for row in guesses if row["student"] == "ann")
     assert ann["question"].startswith("untrained") and float(ann["truth"]) > 3
     assert sorted({row["student"][:3] for row in guesses}) == [
-        "ann", "bob", "cid", "dan", "jon", "kim", "lll"]
+        "ann", "bob", "ccc", "dan", "jon"]
     explained = text.replace('EXPLAIN = [""', 'EXPLAIN = ["since 10 bits"')
     student(folder / "slow", "ann", explained + "\nwhile True:\n    pass\n")
     execute(EXERCISES / "grade.py", folder / "slow", "--out", folder, "--seconds", 2)

@@ -13,7 +13,7 @@ of them.
 Read first: `Corpus.tokens` in data.py, `Config.flops_per_token` in model.py, `Tokenizer` in bpe.py.
 
 Afterwards: the cheapest vocabulary reads the most text. Is its model the best for the budget? What
-would you have to train? (Section 3.14 of results/README.md did, and arXiv 2407.13623.) And of the
+would you have to train? (Section 7 of results/README.md did, and arXiv 2407.13623.) And of the
 15 times more compute that bytes need at 3e12 FLOPs (AR): how much is the price of a byte alone?
 """
 PREDICT = {

@@ -117,6 +117,5 @@ def sweep(args, path, budgets, plan):
             if not args.budgets or row["flops_budget"] in args.budgets]
     if not rows:
         raise InputError(f"{path} has no finished run to show")
-    if len({(row["sha256"], row["context_bytes"]) for row in rows}) > 1:
-        raise InputError(f"{path} has runs of different texts or contexts: take another --out")
+    scaling.check_alike(rows, path)
     return rows

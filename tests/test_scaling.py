@@ -131,6 +131,14 @@ def test_runs_of_different_texts_or_contexts_are_not_mixed(table, column, value)
     assert_one_line(plot_only(table.parent), "different texts or contexts", "--out")
 
 
+def test_a_table_of_another_text_is_refused_before_anything_is_trained(table, workplace):
+    before = table.read_text()
+    done = here(workplace, "scaling.py", "--data", "text.txt", "--vocab", 300, "--budgets", 1e9,
+                "--widths", 8, "--out", table.parent)
+    assert_one_line(done, "different texts or contexts", "--out")
+    assert table.read_text() == before
+
+
 def test_sweeps_at_once_lose_no_row_and_no_column(table):
     rows = [scaling.read_rows(table)[0] | {"seed": seed} for seed in range(100, 116)]
     before = scaling.read_rows(table)
@@ -323,8 +331,9 @@ def test_a_stopped_sweep_stops_its_runs(swept):
                    if "it/s" in path.read_text()]
     sweep.terminate()
     _, stderr = sweep.communicate(timeout=30)
-    assert sweep.returncode == 130 and stderr == "interrupted: the same command resumes\n"
+    assert sweep.returncode == 130
+    assert stderr == "interrupted: the same command resumes, or begins again\n"
     # The run has ended, too, and in one line: its folder is free.
-    assert outputs[0].read_text().endswith("interrupted: the same command resumes\n")
+    assert outputs[0].read_text().endswith("the same command resumes, or begins again\n")
     with data.acquire(outputs[0].parent / ".lock"):
         pass

@@ -279,7 +279,7 @@ def test_a_killed_or_stopped_run_resumes_to_the_bit(workplace, uninterrupted):
         running.terminate()
         _, stderr = running.communicate(timeout=60)
         assert running.returncode == 130 and "Traceback" not in stderr
-        assert stderr.splitlines()[-1] == "interrupted: the same command resumes"
+        assert stderr.splitlines()[-1] == "interrupted: the same command resumes, or begins again"
     assert not (workplace / out / "result.json").exists()
     assert_resumes_to_the_same(workplace, out, uninterrupted)
 

@@ -56,23 +56,6 @@ def test_documents_are_split_by_their_content_and_joined_by_zero_bytes(source_te
     assert corpus.meta["train_bytes"] == len(corpus.train)
 
 
-def test_folders_that_cannot_be_read_are_left_out_with_a_note(monkeypatch, capsys):
-    Path("texts/closed").mkdir(parents=True)
-    Path("texts/a.txt").touch()
-    Path("texts/closed/b.txt").touch()
-    scandir = os.scandir
-
-    def refuse(path):
-        # What a user who is not root sees of a folder of another user.
-        if str(path).endswith("closed"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-    monkeypatch.setattr(os, "scandir", refuse)
-    _, files, _ = data.find_files("texts")
-    assert files == [Path("texts/a.txt")]
-    assert "texts cannot be read: left out" in capsys.readouterr().err
-
-
 def test_the_sha256_is_of_the_text_that_is_stored(text_file, monkeypatch):
     """Also if a file grows between the two times it is read."""
     documents, written = data.documents, []

@@ -5,8 +5,8 @@
 
 Runs work in the clone, whose checkpoints are kept. A finished run becomes a row of
 results/queue/runs.csv and a log beside it; what the table has is not trained again. Stop it at
-any time (Ctrl-C, SIGTERM); the same command resumes. D needs `--depth`: its clone is of the
-commit that has study/.
+any time (Ctrl-C, SIGTERM); the same command resumes. D and N need study/: their clone is of a
+commit that has it, with english.jsonl (results/english.py) in it.
 """
 import argparse
 import csv
@@ -60,6 +60,32 @@ def runs_of_d():
                            f"--width {width} --depth 4")
 
 
+def runs_of_n():
+    """Yield the tables of n-grams: bytes with N = 4 and 6, BPE with N = 2, and the controls."""
+    bpe = {"ar": "--tokenizer bpe --ngram 2 --buckets 131072", "mdm": "--tokenizer bpe --ngram 2"}
+    widths = {("ar", "byte"): {"3e12": (32, 48, 64), "1e13": (48, 64, 96), "3e13": (96,)},
+              ("ar", "bpe"): {"3e12": (32, 48, 64), "1e13": (48, 64, 96), "3e13": (96,)},
+              ("mdm", "byte"): {"3e12": (32, 48, 64), "1e13": (48, 64, 96), "3e13": (96,)},
+              ("mdm", "bpe"): {"3e12": (16, 32, 48), "1e13": (32, 48, 64), "3e13": (48,)}}
+    for flops in ("3e12", "1e13", "3e13"):
+        for (objective, tokenizer), sizes in widths.items():
+            tables = [bpe[objective]] if tokenizer == "bpe" else ["--ngram 4", "--ngram 6"]
+            for width in sizes[flops]:
+                for table in tables[:1] if flops == "3e13" else tables:
+                    yield f"-m study.train {objective} {table} --flops {flops} --width {width}"
+    for objective, equal, conv in ("ar", 1536, "--conv 4"), ("mdm", 768, "--conv 7 --lr 0.003"):
+        lr = {"ar": 0.003, "mdm": 0.0015}[objective]
+        for table in ("--ngram 2", "--ngram 3", "--ngram 8", "--ngram 4 --buckets 4096",
+                      "--ngram 4 --buckets 65536", f"--ngram 6 --buckets {equal}",
+                      f"--ngram 4 --lr {lr / 2}", f"--ngram 4 --lr {lr * 2}",
+                      "--ngram 4 --ngram-stride 8", f"--ngram 4 {conv}"):
+            yield f"-m study.train {objective} {table} --flops 3e12 --width 48"
+        for table in ("--ngram 4", bpe[objective]):
+            width = 48 if table == bpe["mdm"] else 64
+            yield (f"-m study.train {objective} {table} --flops 1e13 --width {width} "
+                   "--data english.jsonl")
+
+
 RUNS = {
     "A": list(runs_of_a()),
     "B": ["train_ar.py --flops 3e14 --width 192 --seed 1",
@@ -69,6 +95,7 @@ RUNS = {
           "train_ar.py --tokenizer bpe --flops 3e13 --width 128 --seed 1"],
     "C": list(runs_of_c()),
     "D": list(runs_of_d()),
+    "N": list(runs_of_n()),
     "E": [f"train_{objective}.py --tokenizer bpe --flops 1e14 --width {width}"
           for objective, widths in (("mdm", (64, 96)), ("ar", (96, 192))) for width in widths],
     # Second seeds of the lowest cells of A, as the claims say.

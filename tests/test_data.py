@@ -91,17 +91,6 @@ def test_a_lone_file_is_cut_at_line_ends_and_nothing_is_lost(source_text):
     assert list(data.documents([Path("a.txt")], True)) == [source_text]
 
 
-def test_zst_is_opened_or_its_package_is_named(source_text):
-    if data.zstd is None:
-        with pytest.raises(InputError, match="pip install backports.zstd"):
-            data.open_any(Path("a.txt.zst"))
-        return
-    # Two frames, as large files have.
-    frames = [data.zstd.compress(part) for part in (source_text[:9999], source_text[9999:])]
-    Path("a.txt.zst").write_bytes(b"".join(frames))
-    assert data.open_any(Path("a.txt.zst")).read() == source_text
-
-
 def test_bpe_tokens_decode_to_the_same_stream(text_file):
     raw, bpe = load_both()
     assert tuple(map(bpe.tokenizer.decode, (bpe.train, bpe.val))) == streams_of(raw)
@@ -283,14 +272,6 @@ def test_an_archive_is_read_where_it_lies(server, source_text):
     assert corpus.meta["name"] == "enwik8"
     assert len(b"".join(streams_of(corpus)).replace(b"\0", b"")) == len(source_text)
     assert not list(Path("..").rglob("escaped"))
-
-
-def test_the_addresses_of_shards_are_those_of_the_hub():
-    assert data.with_shards("c4", 1) == "c4:1" and data.with_shards("c4", 2e9) == "c4:3"
-    assert data.with_shards("c4", 1e20) == "c4:1024" and data.with_shards("c4:7", 1e20) == "c4:7"
-    assert data.with_shards("enwik8", 1e20) == "enwik8"
-    assert data.SHARDS["c4"][3](7) == "c4-train.00007-of-01024.json.gz"
-    assert data.SHARDS["slimpajama"][3](5901) == "chunk2/example_train_1.jsonl.zst"
 
 
 # ---- Sequences.

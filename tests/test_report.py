@@ -194,16 +194,6 @@ def test_intervals_hold_the_truth_where_noise_falls_with_compute_and_those_of_on
         assert held.min() > 0.77 and 0.85 < held.mean() < 0.98
 
 
-def test_noise_is_measured_by_budget():
-    rows = planted(falling(8), noise=lambda C: 0.02 if C < 5e13 else 0.005)
-    C, N, L = scaling.runs_of(rows, ("ar", "byte"))
-    _, sd = coverage.fit_and_noise(C, N, L)
-    assert sd == pytest.approx(np.where(C < 5e13, 0.02, 0.005), rel=0.6)
-    # A single run at the last budget fits exactly: the noise is that of the budget below.
-    fitted, sd = coverage.fit_and_noise(C[:-7], N[:-7], L[:-7])
-    assert sd[-1] == sd[-2] and fitted[-1] == pytest.approx(L[-8])
-
-
 # ---- The published tables.
 
 @pytest.fixture(scope="module")

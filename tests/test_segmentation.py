@@ -2,17 +2,13 @@
 import itertools
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, here, randomize
 
-import log
-import scaling
 from bpe import Tokenizer, train_bpe
-from data import InputError
 from model import Config, Transformer
 from study import segmentation
 
@@ -99,28 +95,6 @@ def test_both_readings_see_what_is_before_a_position_and_nothing_else():
         assert by_ar[:, n, p].tolist() == bits(ar(before[None])[0, -1], ids[n, at])
         masked = torch.cat([ids[n, :at], torch.full((24 - at,), 20)])
         assert by_mdm[:, n, p].tolist() == bits(mdm(masked[None])[0, at], ids[n, at])
-
-
-def test_the_best_plain_runs_of_a_text_are_chosen(monkeypatch):
-    corpus = SimpleNamespace(meta={"sha256": "this"})
-    plain = dict.fromkeys(scaling.SETTINGS | scaling.RESULTS, 8)
-    plain |= {"tokenizer": "byte", "corpus": corpus.meta}
-    # As the code before the two floors wrote them, and as it writes them now.
-    older = plain | {"schedule": None, "conv": 0, "patch": 1, "shuffle": 1, "span": 1, "depth": 2}
-    results = {"a": older | {"objective": "ar", "val_bpb": 3.0},
-               "b": plain | {"objective": "mdm", "val_bpb": 3.0},
-               "better": plain | {"objective": "mdm", "val_bpb": 2.9},
-               "patched": plain | {"objective": "mdm", "val_bpb": 2.5, "patch": 4, "span": 4},
-               "other": plain | {"objective": "mdm", "val_bpb": 2.5, "corpus": {"sha256": "no"}},
-               "bpe": plain | {"objective": "mdm", "val_bpb": 2.0, "tokenizer": "bpe"}}
-    monkeypatch.setattr(log, "read_result", results.get)
-    best = segmentation.best_runs(list(results), corpus)
-    assert [folder for _, folder in best.values()] == ["a", "better"]
-    with pytest.raises(InputError, match="each of: ar, mdm"):
-        segmentation.best_runs(["b"], corpus)
-    results["a"]["context_bytes"] = 128
-    with pytest.raises(InputError, match="one context"):
-        segmentation.best_runs(list(results), corpus)
 
 
 def test_the_published_table_is_shown_and_drawn(tmp_path):

@@ -77,25 +77,6 @@ def test_a_study_trains_what_its_table_lacks(workplace, monkeypatch):
     assert f"| 4 | {row['val_bpb']:.2f} [" in shown and f"| {row['val_bpb_span1']:.2f} [" in shown
 
 
-def test_the_runs_of_both_studies():
-    def runs_of(study, objective, tokenizer, controls=None):
-        args = SimpleNamespace(study=study, controls=controls, context=512)
-        corpus = SimpleNamespace(tokens=lambda context: 160, meta={"bytes_per_token": 3.3},
-                                 tokenizer=SimpleNamespace(merges=tokenizer == "bpe"))
-        return fragility.runs_of(args, (objective, tokenizer), corpus)
-
-    # Blocks that come to as many tokens of BPE are one run.
-    assert sorted(flags["shuffle"] for flags in runs_of("shuffle", "ar", "bpe")) \
-        == [1, 8, 16, 32, 64, 512]
-    # Eleven controls: two bytes have one permutation.
-    assert len(runs_of("shuffle", "mdm", "byte")) == 8 + 11
-    assert runs_of("shuffle", "ar", "byte", [4]) == [
-        {"phase": 4, "shuffle": 4, "permutation": index} if index is not None else {"phase": 4}
-        for index in (None, 0, 2)]
-    assert runs_of("span", "ar", "byte") == [] and runs_of("span", "mdm", "bpe") == [{"span": 1}]
-    assert runs_of("span", "mdm", "byte", [2]) == [{}, {"span": 2, "span_share": 0.5}]
-
-
 def test_the_table_shows_the_mean_over_seeds_of_the_best_width():
     row = dict.fromkeys(sweep.SETTINGS, 0) | {"objective": "ar", "tokenizer": "byte",
                                               "shuffle": 4, "val_bpb_stderr": 0.1}

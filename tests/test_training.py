@@ -203,13 +203,6 @@ def test_a_batch_is_read_in_nearly_equal_pieces_as_few_as_fit(sequences, micro):
     assert read == list(range(sequences))
 
 
-def test_a_gpu_reads_fewer_than_2_to_the_31_logits_at_once():
-    for vocab_size in (256, 65536):
-        pieces = run.split_batch(argparse.Namespace(micro=None), 10**5, Config(vocab_size),
-                                 torch.device("cuda"), 0, 1)
-        assert (pieces[0].stop - pieces[0].start) * 512 * vocab_size < 2**31
-
-
 def test_a_batch_in_pieces_trains_as_one(workplace):
     """13 sequences one by one, and as 6 and 7."""
     folders = []

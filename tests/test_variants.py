@@ -245,24 +245,6 @@ def test_a_span_share_trains_on_the_mixture_of_two_bounds(schedule, size, count,
                  for _ in range(count)], share * spans + (1 - share) * singles, 0.06)
 
 
-def test_a_sequence_has_spans_or_single_tokens_by_its_own_draw():
-    ids, spanned, mixed = torch.zeros(4, 64, dtype=torch.long), [], 0
-    for step in range(600):
-        inputs, weights = corrupt_spans(ids, 5, run.generator(0, step), span=8, span_share=0.3)
-        masked = inputs == 5
-        assert ((weights > 0) == masked).all()
-        spans = masked.view(4, 8, 8)
-        # All single tokens masked look like spans: not counted.
-        some = ~masked.all(dim=1)
-        spanned.append((spans.all(dim=2) == spans.any(dim=2)).all(dim=1)[some].double())
-        mixed += len(spanned[-1].unique()) == 2
-    spanned = torch.cat(spanned)
-    # An eighth of the spans is left out, since all of them are masked, and a 64th of the others.
-    expected = 0.3 * 7 / 8 / (0.3 * 7 / 8 + 0.7 * 63 / 64)
-    assert spanned.mean().item() == pytest.approx(expected, abs=4 * (0.21 / len(spanned)) ** 0.5)
-    assert mixed > 100
-
-
 @pytest.mark.parametrize("schedule", RATES)
 @pytest.mark.parametrize("span", [1, 4])
 def test_masks_are_whole_spans_weighed_by_their_number(schedule, span):

@@ -105,12 +105,15 @@ def sweep(args, path, budgets, plan):
         args.budgets = args.budgets or budgets[run.pick_device().type]
         args.data = run.choose_data(args.data, max(args.budgets))
         corpora = {name: data.load(args.data, name, args.vocab) for name in ("byte", "bpe")}
-        trained = set(map(settings_of, read_rows(path)))
+        rows = read_rows(path)
+        trained = set(map(settings_of, rows))
         missing = [spec for spec in plan(args, corpora) if settings_of(spec) not in trained]
         if args.dry_run:
             for spec in missing:
                 print("python " + shlex.join(command(spec, args, str(folder_of(spec)))))
             sys.exit()
+        # Before hours of training, not after them.
+        scaling.check_alike([*missing, *rows], path)
         if failed := scaling.train(missing, path, args, command, folder_of, add_row):
             raise InputError(f"{failed} runs failed: the same command tries them again")
     rows = [row for row in read_rows(path)

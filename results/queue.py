@@ -80,6 +80,9 @@ def runs_of_n():
                       f"--ngram 4 --lr {lr / 2}", f"--ngram 4 --lr {lr * 2}",
                       "--ngram 4 --ngram-stride 8", f"--ngram 4 {conv}"):
             yield f"-m study.train {objective} {table} --flops 3e12 --width 48"
+        if objective == "mdm":
+            yield "-m study.train mdm --ngram 4 --patch 8 --flops 3e12 --width 64"
+            yield f"-m study.train mdm {bpe['mdm']} --patch 2 --flops 3e12 --width 32"
         for table in ("--ngram 4", bpe[objective]):
             width = 48 if table == bpe["mdm"] else 64
             yield (f"-m study.train {objective} {table} --flops 1e13 --width {width} "
@@ -95,7 +98,8 @@ RUNS = {
           "train_ar.py --tokenizer bpe --flops 3e13 --width 128 --seed 1"],
     "C": list(runs_of_c()),
     "D": list(runs_of_d()),
-    "N": list(runs_of_n()),
+    # The cheap first: what 3e12 shows to be useless may go.
+    "N": sorted(runs_of_n(), key=lambda command: float(command.split("--flops ")[1].split()[0])),
     "E": [f"train_{objective}.py --tokenizer bpe --flops 1e14 --width {width}"
           for objective, widths in (("mdm", (64, 96)), ("ar", (96, 192))) for width in widths],
     # Second seeds of the lowest cells of A, as the claims say.

@@ -35,7 +35,7 @@ def bits_by_enumeration(model, ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", [
-    {"patch": 2, "conv": 3}, {"ngram": 3}, {"phase": 4, "layers": 3}])
+    {"patch": 2, "conv": 3}, {"ngram": 3}, {"ngram": 3, "patch": 2}, {"phase": 4, "layers": 3}])
 @pytest.mark.parametrize("causal", [True, False])
 def test_texts_are_written_with_their_exact_probabilities(causal, variant):
     model = random_model(causal, **variant)

@@ -63,7 +63,7 @@ def test_an_intervention_is_trained_and_not_read_as_a_plain_run(workplace, objec
 @pytest.mark.parametrize("arguments, word", [
     ("ar --schedule cosine", "for MDM"), ("ar --span 2", "for MDM"), ("mdm --span 5", "--span"),
     ("mdm --patch 5", "divide"), ("mdm --conv 4", "odd"), ("ar --shuffle 5", "--shuffle"),
-    ("ar --ngram 2 --patch 2", "--ngram"), ("ar --phase 2 --patch 2", "--phase"),
+    ("ar --phase 2 --patch 2", "--phase"),
     ("ar --conv x", "--conv"), ("ar --permutation -1", "--permutation"), ("", "objective"),
     ("mdm --span-share 0", "--span-share")])
 def test_bad_input_is_one_line_and_leaves_nothing(workplace, arguments, word):

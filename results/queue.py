@@ -80,6 +80,11 @@ def runs_of_n():
                       f"--ngram 4 --lr {lr / 2}", f"--ngram 4 --lr {lr * 2}",
                       "--ngram 4 --ngram-stride 8", f"--ngram 4 {conv}"):
             yield f"-m study.train {objective} {table} --flops 3e12 --width 48"
+        # BPE at the N and the number of buckets that may be better for it, and with a convolution.
+        width, buckets = {"ar": (48, 524288), "mdm": (32, 131072)}[objective]
+        for table in (f"--tokenizer bpe --ngram 2 --buckets {buckets}",
+                      "--tokenizer bpe --ngram 3 --buckets 131072", f"{bpe[objective]} {conv}"):
+            yield f"-m study.train {objective} {table} --flops 3e12 --width {width}"
         if objective == "mdm":
             yield "-m study.train mdm --ngram 4 --patch 8 --flops 3e12 --width 64"
             yield f"-m study.train mdm {bpe['mdm']} --patch 2 --flops 3e12 --width 32"

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 import run
 import scaling
-from data import InputError
 from scaling import CONFIGURATIONS, interval
 from study import sweep
 
@@ -197,6 +196,31 @@ def report(minima, curves):
         ["configuration", "remedy", "FLOPs", "free positions", "bits per byte", "bits won"], lines)
 
 
+def report_cells(rows, minima):
+    """Print what remedies win at one width, where they have no minimum or another rate."""
+    cells, plain = {}, {}
+    for row in sorted(rows, key=sweep.settings_of):
+        configuration, flags = (row["objective"], row["tokenizer"]), sweep.flags_of(row)
+        budget, width = row["flops_budget"], row["width"]
+        if remedy_of(row) == ():
+            plain.setdefault((configuration, budget, width), []).append(row["val_bpb"])
+        elif (flags and set(flags) <= set(NAMES)
+              and (configuration, remedy_of(row), budget) not in minima):
+            remedy = tuple((flag, flags[flag]) for flag in NAMES if flag in flags)
+            key = configuration, budget, width, remedy, row["lr"]
+            cells.setdefault(key, []).append(row["val_bpb"])
+    lines = []
+    for (configuration, budget, width, remedy, lr), losses in cells.items():
+        won = np.mean(plain.get((configuration, budget, width), np.nan)) - np.mean(losses)
+        lines.append([CONFIGURATIONS[configuration], name_of(remedy), sweep.short(budget),
+                      f"{width}", f"{lr:g}", f"{np.mean(losses):.3f} ({len(losses)})",
+                      f"{won:+.2f}"])
+    scaling.print_table(
+        "What remedies win at one width, where they have no minimum",
+        ["configuration", "remedy", "FLOPs", "width", "rate", "bits per byte (seeds)",
+         "bits won"], lines)
+
+
 def plot(path, curves):
     """Draw bits per byte against free positions, at the budget with the most remedies."""
     budgets = [budget for _, _, budget in curves]
@@ -228,11 +252,11 @@ def main():
     rows += sweep.read_rows(args.out / "runs.csv")
     rows = {sweep.settings_of(row): row for row in rows if text.items() <= row.items()}
     minima = analyse(rows.values())
-    if not minima:
-        raise InputError(f"{args.out} has too few runs: each remedy needs three widths")
     curves = curves_of(minima)
-    report(minima, curves)
-    plot(args.out / "remedies.png", curves)
+    report_cells(rows.values(), minima)
+    if minima:
+        report(minima, curves)
+        plot(args.out / "remedies.png", curves)
 
 
 if __name__ == "__main__":

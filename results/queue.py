@@ -5,13 +5,14 @@
 
 Runs work in the clone, whose checkpoints are kept. A finished run becomes a row of
 results/queue/runs.csv and a log beside it; what the table has is not trained again. Stop it at
-any time (Ctrl-C, SIGTERM); the same command resumes. D and N need study/: their clone is of a
+any time (Ctrl-C, SIGTERM); the same command resumes. D, N and T need study/: their clone is of a
 commit that has it, with english.jsonl (results/english.py) in it.
 """
 import argparse
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,6 +23,11 @@ from pathlib import Path
 
 QUEUE = Path(__file__).resolve().parent / "queue"
 REMEDIES = "--conv 7 --schedule bell --lr 0.003"
+
+
+def read_table():
+    table = QUEUE / "runs.csv"
+    return list(csv.DictReader(open(table, newline=""))) if table.exists() else []
 
 
 def runs_of_a():
@@ -94,6 +100,20 @@ def runs_of_n():
                    "--data english.jsonl")
 
 
+def second_seeds(commands):
+    """Yield the lowest of the widths with another seed, where all of them are in (not at 1e14).
+
+    These are the rules of the claims. The controls of N, which have one width, get none.
+    """
+    bpb, groups = {row["command"]: float(row["val_bpb"]) for row in read_table()}, {}
+    for command in map(str.strip, commands):
+        if "1e14" not in command:
+            groups.setdefault(re.sub(r"--width \d+", "", command), []).append(command)
+    for name, group in groups.items():
+        if set(group) <= set(bpb) and (len(group) > 1 or "--ngram" not in name):
+            yield min(group, key=bpb.get) + " --seed 1"
+
+
 RUNS = {
     "A": list(runs_of_a()),
     "B": ["train_ar.py --flops 3e14 --width 192 --seed 1",
@@ -107,10 +127,8 @@ RUNS = {
     "N": sorted(runs_of_n(), key=lambda command: float(command.split("--flops ")[1].split()[0])),
     "E": [f"train_{objective}.py --tokenizer bpe --flops 1e14 --width {width}"
           for objective, widths in (("mdm", (64, 96)), ("ar", (96, 192))) for width in widths],
-    # Second seeds of the lowest cells of A, as the claims say.
-    "S": [f"train_mdm.py --tokenizer bpe --flops {flops} --width {width} --patch {patch} "
-          f"{REMEDIES} --seed 1" for flops, width, patch in (("3e12", 32, 2), ("3e12", 48, 4),
-                                                             ("1e13", 64, 2))],
+    "S": list(second_seeds([*runs_of_a(), *runs_of_c()])),
+    "T": list(second_seeds([*runs_of_d(), *runs_of_n()])),
     # Models for repetition on English, and for the looseness of the bound.
     "F": [f"{command} {data}" for data in ("", "--data english.jsonl")
           for command in ("train_mdm.py --flops 1e13 --width 64",
@@ -135,8 +153,7 @@ def collect(folder, command):
     result["corpus"] = result["corpus"]["name"]
     row = {"command": command} | {key: value for key, value in result.items()
                                   if not isinstance(value, (dict, list))}
-    table = QUEUE / "runs.csv"
-    rows = list(csv.DictReader(open(table, newline=""))) if table.exists() else []
+    table, rows = QUEUE / "runs.csv", read_table()
     if command not in {row["command"] for row in rows}:
         shutil.copyfile(folder / "log.csv", QUEUE / f"{folder.name}.csv")
         rows.append(row)

@@ -225,21 +225,25 @@ def plot(path, curves):
     """Draw bits per byte against free positions, at the budget with the most remedies."""
     budgets = [budget for _, _, budget in curves]
     most = max(budgets, key=lambda budget: (budgets.count(budget), budget))
-    remedies = sorted({remedy for _, remedy, _ in curves})
-    figure = Figure(figsize=(7.5, 7), layout="constrained")
-    ax = figure.add_subplot(xlabel=f"free positions, at {sweep.short(most)} FLOPs",
-                            ylabel="bits per byte [90%]")
-    for (configuration, remedy, budget), curve in curves.items():
+    remedies = sorted({remedy for _, remedy, budget in curves if budget == most})
+    figure = Figure(figsize=(7.5, 6), layout="constrained")
+    axes = dict(zip(scaling.TRAIN, figure.subplots(1, 2, sharex=True, sharey=True), strict=True))
+    for configuration, remedy, budget in sorted(curves):
         if budget == most:
+            curve = curves[configuration, remedy, budget]
             losses = np.stack(list(curve.values()), axis=1)                             # (S, K)
             ends = np.quantile(losses[1:], (0.05, 0.95), axis=0, method="nearest")
             marker = "os^Dv*P<>X"[remedies.index(remedy) % 10]
-            ax.errorbar(list(curve), losses[0], abs(ends - losses[0]), fmt=f"{marker}-", capsize=3,
-                        color=sweep.COLORS[configuration],
-                        label=f"{CONFIGURATIONS[configuration]}, {name_of(remedy)}")
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:g}")
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+            axes[configuration[0]].errorbar(
+                list(curve), losses[0], abs(ends - losses[0]), fmt=f"{marker}-", capsize=3,
+                color=sweep.COLORS[configuration],
+                label=f"{CONFIGURATIONS[configuration]}, {name_of(remedy)}")
+    for ax in axes.values():
+        ax.set(xlabel=f"free positions, at {sweep.short(most)} FLOPs", xscale="log")
+        ax.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
+        ax.minorticks_off()
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize="small")
+    axes["ar"].set(ylabel="bits per byte [90%]")
     figure.savefig(path, dpi=120)
 
 

@@ -107,7 +107,7 @@ def drawn_and_printed(monkeypatch, folder):
     shown = here(folder, "study.remedies", "--plot-only", "--out", ".")
     assert shown.returncode == 0, shown.stderr
     points = {(container.get_label(), f"{x:.0f}", f"{y:.3f}")
-              for container in figures[0].axes[0].containers
+              for ax in figures[0].axes for container in ax.containers
               for x, y in container.lines[0].get_xydata()}
     return points, cells(shown.stdout)
 

@@ -172,11 +172,15 @@ def show_shuffle(rows, at):
                    for block, (mean, half) in bpb[key].items() if plain}
         curves += [(f"{label}, with phase", with_phase[key], "o-", sweep.COLORS[key]),
                    (f"{label}, without", without, "s--", sweep.COLORS[key])]
-    of_bytes = [curve for curve in curves if "bytes" in curve[0]]
+    of_bytes = [curve[:2] for curve in curves if "bytes" in curve[0]]
+    ar, mdm = with_phase["ar", "byte"], with_phase["mdm", "byte"]
+    of_bytes.append(("AR less MDM, with phase", {
+        block: (ar[block][0] - mdm[block][0], np.hypot(ar[block][1], mdm[block][1]))
+        for block in ar.keys() & mdm.keys()}))
     scaling.print_table(f"Bits per byte that a shuffle loses, {at} [90%: with phase, of seeds, "
                         "permutations and text; without, of the text alone]",
-                        ["bytes in a block", *(label for label, *_ in of_bytes)],
-                        lines_of([values for _, values, *_ in of_bytes]))
+                        ["bytes in a block", *(label for label, _ in of_bytes)],
+                        lines_of([values for _, values in of_bytes]))
     return curves
 
 

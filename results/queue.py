@@ -94,6 +94,9 @@ def runs_of_n():
         if objective == "mdm":
             yield "-m study.train mdm --ngram 4 --patch 8 --flops 3e12 --width 64"
             yield f"-m study.train mdm {bpe['mdm']} --patch 2 --flops 3e12 --width 32"
+            # Marks of the open exercise.
+            for table in "--ngram 4", "--ngram 6", "--ngram 4 --patch 8":
+                yield f"-m study.train mdm {table} --flops 1e12 --width 32"
         for table in ("--ngram 4", bpe[objective]):
             width = 48 if table == bpe["mdm"] else 64
             yield (f"-m study.train {objective} {table} --flops 1e13 --width {width} "

@@ -15,6 +15,8 @@ Read first: `Corpus.tokens` in data.py, `Config.flops_per_token` in model.py, `T
 Afterwards: the cheapest vocabulary reads the most text. Is its model the best for the budget? What
 would you have to train? (Section 7 of results/README.md did, and arXiv 2407.13623.) And of the
 15 times more compute that bytes need at 3e12 FLOPs (AR): how much is the price of a byte alone?
+(There a token of 4,096 spells 3.28 bytes; take width 48.) Last, learn the BPE from one half of the
+speeches and measure it on the other: what changes?
 """
 PREDICT = {
     "width 32: FLOPs per byte with bytes / with a BPE of 4,096": None,
@@ -37,9 +39,9 @@ def bytes_per_token(text, tokenizer):
 def flops_per_byte(width, vocab_size, length, context_bytes):
     """Return the FLOPs to train on one byte of text: a float.
 
-    length: the bytes of a token, on average. context_bytes: the bytes of a sequence. Its tokens are
-    as many if there is no BPE (vocab_size is 256), else a multiple of 16, as `Corpus.tokens` rounds
-    it. Use model.Config and what it offers.
+    length: the bytes of a token, on average. context_bytes: the bytes of a sequence. Without a BPE
+    (vocab_size is 256) a token is a byte, and nothing is rounded. With one the number of tokens is
+    rounded to a multiple of 16, as in `Corpus.tokens`. Use model.Config and what it offers.
     """
     raise NotImplementedError
 

@@ -515,7 +515,7 @@ SIZES = (512, 768, 1024, 1536, 2048, 3072, 4096)
 
 
 def check_flops_per_byte(answer):
-    for width, V, length, context in ((32, 256, 1.0, 100), (32, 1024, 3.2, 512),
+    for width, V, length, context in ((32, 256, 1.0, 100), (32, 1024, 3.2, 512), (32, 512, 2.5, 16),
                                       (192, 4096, 3.3, 100)):
         tokenizer = SimpleNamespace(merges=V > 256)
         T = data.Corpus({"bytes_per_token": length}, tokenizer, None, None).tokens(context)
@@ -529,6 +529,9 @@ def check_flops_per_byte(answer):
             (price(T) * length, "a token spells several bytes, so a byte costs less than a token"),
             (price(context) / length, "the context is given in bytes: in tokens it is shorter"),
             (price(round(context / length)) / length, "a multiple of 16 tokens is read"),
+            (price(16 * round(context / 16)) / length, "without a BPE nothing is rounded"),
+            (price(16 * int(context / length / 16)) / length,
+             "round to the nearest multiple of 16, not down; at least 16"),
             (price(T, V=256) / length, "your head has 256 rows: it grows with the vocabulary")])
 
 
@@ -675,12 +678,12 @@ def law_of(C, L, E):
     return math.exp(start), -slope
 
 
-def best_entropy(curves):
+def best_entropy(curves, error=lambda fitted, L, E: ((fitted - L) ** 2).sum()):
     """Return the E of the grid with which the laws of the curves fit best."""
-    def error(E):
+    def total(E):
         laws = [(C, L, *law_of(C, L, E)) for C, L in curves]
-        return sum(((E + K * C**-gamma - L) ** 2).sum() for C, L, K, gamma in laws)
-    return min(GRID, key=error)
+        return sum(error(E + K * C**-gamma, L, E) for C, L, K, gamma in laws)
+    return min(GRID, key=total)
 
 
 def check_gap(answer):
@@ -697,11 +700,13 @@ def check_gap(answer):
     check(value.shape != (4,) or np.isinf(value[2:]).all(),
           "gap: at 1e13 FLOPs bytes do not reach BPE. Yours is extrapolated, or their last budget")
     in_log_C = np.exp(np.interp(-L_bpe, -L_byte, np.log(C_byte)))
+    in_C = np.interp(-np.log(L_bpe), -np.log(L_byte), C_byte)
     compare("gap", value, truth, [(np.where(np.isfinite(truth), wrong, math.inf), message)
                                   for wrong, message in (
         (L_byte[:4] / L_bpe, "this is the ratio of losses"),
         (truth * C, "this is the compute of bytes: divide by BPE's"),
-        (in_log_C / C, "you interpolate L: log L is the straight line in log C"))])
+        (in_log_C / C, "you interpolate L: log L is the straight line in log C"),
+        (in_C / C, "you interpolate C: log L is a straight line in log C"))])
 
 
 def check_frontier(answer):
@@ -728,7 +733,11 @@ def check_entropy(answer):
             best_entropy(curves), [
         (0.6, "this is the mean of two separate E. The curves share one: add up their errors"),
         (0.3, "you fit the first curve only"), (0.9, "you fit the last curve only"),
-        (best_entropy([joined]), "you fit one law to the points of both curves")], 1e-3)
+        (best_entropy([joined]), "you fit one law to the points of both curves"),
+        (best_entropy(curves, lambda fitted, L, E: ((fitted - L) ** 2).mean()),
+         "each curve counts by its mean error: take the sum over all points"),
+        (best_entropy(curves, lambda fitted, L, E: (np.log((fitted - E) / (L - E)) ** 2).sum()),
+         "you add up errors of the logarithm: the error is that of L")], 1e-3)
 
 
 def test_e08(answer, reveal):
@@ -1093,7 +1102,6 @@ def test_e13(answer, reveal):
 FLOORS = {1e12: 0.85, 2e10: 1.05}
 PATCHES = 16                          # in a sequence, at least
 PLAIN = {"width": 32, "batch_tokens": 512, "lr": 0.0015}
-MARKS = ("remedies.csv", "ngram.csv")     # of results/
 
 
 def read_runs(answer):
@@ -1179,14 +1187,13 @@ def check_checkpoint(answer, best):
 def marks():
     """Return what published runs of MDM on bytes gain at 1e12 FLOPs, as lines."""
     gains = []
-    for path in filter(Path.exists, (ROOT / "results" / name for name in MARKS)):
-        for row in csv.DictReader(path.open()):
-            key = row["objective"], row["tokenizer"], row["flops_budget"], row["context_bytes"]
-            if key == ("mdm", "byte", "1000000000000.0", "512"):
-                words = [f"{flag} {row[flag]}" for flag in ("width", *study.train.PLAIN, "lr")
-                         if row.get(flag) not in (None, "", str(study.train.PLAIN.get(flag)))
-                         and "span" not in flag]
-                gains.append(f"{3.788 - float(row['val_bpb']):8.3f}  {', '.join(words)}")
+    for row in csv.DictReader(open(ROOT / "results/remedies.csv")):
+        key = row["objective"], row["tokenizer"], row["flops_budget"], row["context_bytes"]
+        if key == ("mdm", "byte", "1000000000000.0", "512"):
+            words = [f"{flag} {row[flag]}" for flag in ("width", *study.train.PLAIN, "lr")
+                     if row.get(flag) not in (None, "", str(study.train.PLAIN.get(flag)))
+                     and "span" not in flag]
+            gains.append(f"{3.788 - float(row['val_bpb']):8.3f}  {', '.join(words)}")
     return ["marks to beat: gains of published runs at 1e12 FLOPs of pysrc", *sorted(gains)]
 
 

@@ -1,7 +1,7 @@
 """Train what the claims of 2026-11-29 (results/LOG.md) need: a queue that resumes.
 
     git clone . ../queue && git -C ../queue checkout d87cd5a
-    python results/queue.py ../queue A C B E F --jobs 2
+    python results/queue.py ../queue C S B E F --jobs 2
 
 Runs work in the clone, whose checkpoints are kept. A finished run becomes a row of
 results/queue/runs.csv and a log beside it; what the table has is not trained again. Stop it at
@@ -22,22 +22,11 @@ import time
 from pathlib import Path
 
 QUEUE = Path(__file__).resolve().parent / "queue"
-REMEDIES = "--conv 7 --schedule bell --lr 0.003"
 
 
 def read_table():
     table = QUEUE / "runs.csv"
     return list(csv.DictReader(open(table, newline=""))) if table.exists() else []
-
-
-def runs_of_a():
-    """Yield MDM on BPE with patches: with the other remedies, and alone."""
-    for extra in (REMEDIES, ""):
-        for flops, widths in (("3e12", (32, 48, 64)), ("1e13", (48, 64, 96))):
-            for patch in (2, 4):
-                for width in widths:
-                    yield (f"train_mdm.py --tokenizer bpe --flops {flops} --width {width} "
-                           f"--patch {patch} {extra}")
 
 
 def runs_of_c():
@@ -115,7 +104,6 @@ def second_seeds(commands):
 
 
 RUNS = {
-    "A": list(runs_of_a()),
     "B": ["train_ar.py --flops 3e14 --width 192 --seed 1",
           "train_ar.py --flops 3e14 --width 128 --seed 1",
           "train_ar.py --flops 3e14 --width 256",
@@ -128,7 +116,7 @@ RUNS = {
     "N": sorted(runs_of_n(), key=lambda command: float(command.split("--flops ")[1].split()[0])),
     "E": [f"train_{objective}.py --tokenizer bpe --flops 1e14 --width {width}"
           for objective, widths in (("mdm", (64, 96)), ("ar", (96, 192))) for width in widths],
-    "S": list(second_seeds([*runs_of_a(), *runs_of_c()])),
+    "S": list(second_seeds(runs_of_c())),
     "T": list(second_seeds([*runs_of_d(), *runs_of_n()])),
     # Models for repetition on English, and for the looseness of the bound.
     "F": [f"{command} {data}" for data in ("", "--data english.jsonl")

@@ -1,7 +1,7 @@
 """Emergent segmentation: is a byte model unsure where BPE starts a token?
 
     python -m study.segmentation                # reads the best byte models in runs/gap
-    python -m study.segmentation --plot-only    # from results/segmentation.csv and entropy.csv
+    python -m study.segmentation --plot-only    # from results/segmentation.csv
 
 AUROC of the entropy of a model's next-byte prediction, as a detector of BPE token starts: 0.5 is
 chance. A better predictor tends to have a higher one. So AR, MDM and models that only count are
@@ -11,7 +11,6 @@ Within identifiers neither spaces nor punctuation give a token start away.
 import argparse
 import csv
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,6 @@ MEASURES = ("bpb", "auroc", "inside", "ahead", "ahead_inside")
 # level: the FLOPs of a run, the order of an n-gram model.
 AREA_COLUMNS = {"reading": str, "level": float, "width": int, "seed": int, "vocab_size": int} | {
     name + end: float for name in MEASURES for end in ("", "_low", "_high")}
-ENTROPY_COLUMNS = {"byte": int, "start": int, "vocab_size": int, "ar": float, "mdm": float}
 
 
 # ---- What a model says of a byte, given the bytes before it.
@@ -223,27 +221,6 @@ def read_all(runs, text, sequences, positions):
         yield reading, *about, read(model, ids, at).cpu().numpy()
 
 
-def read_line(runs, sequences, starts, vocab_size):
-    """Return the rows of entropy.csv: a line of sequences (N, T) read by the largest runs.
-
-    starts: (N, T) bool. [] without a line of 20 to 79 printable bytes.
-    """
-    # Not early in a sequence, where the models know little of the text.
-    pattern, first = re.compile(rb"\n([ -~]{20,79})(?=\n)"), sequences.shape[1] // 4 + 1
-    matches = [pattern.search(row.astype(np.uint8).tobytes(), first) for row in sequences]
-    n = next((n for n, match in enumerate(matches) if match), None)
-    if n is None:
-        return []
-    begin, end = matches[n].span(1)
-    ids, positions = torch.from_numpy(sequences[n:n + 1]), torch.arange(begin, end)[None]
-    # The runs are in order of budget: the last one of each objective stays.
-    folders = {result["objective"]: folder for result, folder in runs}
-    curves = [read(log.load_model(folders[objective])[0], ids, positions)[0, 0].tolist()
-              for objective, (_, read) in READ.items()]
-    return [[byte, int(start), vocab_size, ar, mdm] for byte, start, ar, mdm in
-            zip(sequences[n, begin:end].tolist(), starts[n, begin:end], *curves, strict=True)]
-
-
 def ahead(row, name, worst):
     """Return how far AR is ahead of a row at equal BPB, as text. worst: AR's highest BPB."""
     if row["reading"] == "ar" or math.isnan(row["bpb"]):
@@ -285,25 +262,12 @@ def draw_areas(path, rows):
     figure.savefig(path, dpi=120)
 
 
-def draw_line(path, line):
-    """Draw the entropy at each byte of a line of text, by AR and by MDM, as bars."""
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    positions = range(len(line))
-    for objective, ax in zip(READ, figure.subplots(2, 1, sharey=True), strict=True):
-        colors = [(COLORS[objective], 1 if row["start"] else 0.35) for row in line]
-        ax.bar(positions, [row[objective] for row in line], color=colors)
-        ax.set_xticks(positions, [chr(row["byte"]) for row in line], family="monospace")
-        ax.set(title=f"{READINGS[READ[objective][0]]}; dark: the first byte of a BPE token",
-               ylabel="entropy, bits")
-    figure.savefig(path, dpi=120)
-
-
 def main():
     parser = arguments(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", help="run folders (default: in runs/gap)")
     parser.add_argument("--vocab", type=run.count, default=4096, help="tokens of the BPE")
     args = parser.parse_intermixed_args()
-    areas, line = args.out / "segmentation.csv", args.out / "entropy.csv"
+    path = args.out / "segmentation.csv"
     if not args.plot_only:
         byte, bpe = data.load(args.data), data.load(args.data, "bpe", args.vocab)
         runs = list(best_runs(args.runs, byte).values())
@@ -318,13 +282,10 @@ def main():
         rows = compare(readings, np.take_along_axis(starts, positions, 1),
                        within_identifiers(sequences, positions), args.vocab)
         args.out.mkdir(parents=True, exist_ok=True)
-        log.write_csv(areas, AREA_COLUMNS, rows)
-        log.write_csv(line, ENTROPY_COLUMNS, read_line(runs, sequences, starts, args.vocab))
-    rows, entropies = read_table(areas, AREA_COLUMNS), read_table(line, ENTROPY_COLUMNS)
+        log.write_csv(path, AREA_COLUMNS, rows)
+    rows = read_table(path, AREA_COLUMNS)
     show_areas(rows)
-    draw_areas(areas.with_suffix(".png"), rows)
-    if entropies:
-        draw_line(line.with_suffix(".png"), entropies)
+    draw_areas(path.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,9 @@ def second_seeds(commands):
     """
     bpb, groups = {row["command"]: float(row["val_bpb"]) for row in read_table()}, {}
     for command in map(str.strip, commands):
+        if "--context 128 --flops 1e13" in command:
+            # Width 64 is in sensitivity.csv, with both seeds, and its mean is the lowest.
+            continue
         groups.setdefault(re.sub(r"--width \d+", "", command), []).append(command)
     for name, group in groups.items():
         if set(group) <= set(bpb) and (len(group) > 1 or "--ngram" not in name):

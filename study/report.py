@@ -2,6 +2,7 @@
 
     python -m study.report              # minima beside counting, costs, trends, a law, English
     python -m study.report context      # what bytes cost with the best context of each side
+    python -m study.report depth        # what they cost with four layers in place of two
     python -m study.report coverage     # how often the intervals hold the truth, by simulation
 
 Counting is read from baselines.csv (python -m study.counting). Intervals are 90%. G is also read a
@@ -21,7 +22,7 @@ import scaling
 from data import InputError
 from model import Config
 from scaling import CONFIGURATIONS, Fit, interval, print_table, runs_of
-from study import laws
+from study import laws, sweep
 
 # What an objective must be better than, to have learned more than counting gives.
 BASELINE = {"ar": "bigram", "mdm": "bag"}
@@ -194,16 +195,16 @@ def report(folder):
                 ["objective", *map("{:g}".format, gap.budgets)], lines)
 
 
-# ---- Context: the lowest losses, without a fit.
+# ---- Context and depth: means over seeds, without a fit.
 
-def mean_losses(rows):
-    """Return {(configuration, budget, context, width): samples of the mean over seeds (S,)}.
+def mean_losses(rows, varied="context_bytes"):
+    """Return {(configuration, budget, what is varied, width): samples of the mean of seeds (S,)}.
 
     The noise of a seed is that of all runs of the configuration.
     """
     losses, samples, rng = defaultdict(list), {}, np.random.default_rng(0)
     for row in rows:
-        losses[(row["objective"], row["tokenizer"]), row["flops_budget"], row["context_bytes"],
+        losses[(row["objective"], row["tokenizer"]), row["flops_budget"], row[varied],
                row["width"]].append(row["val_bpb"])
     for configuration in CONFIGURATIONS:
         seeds = {key: values for key, values in losses.items() if key[0] == configuration}
@@ -245,13 +246,32 @@ def report_context(folder):
         for objective, gap in gaps.items() for k, budget in enumerate(gap.budgets)])
 
 
+def report_depth(folder):
+    rows = [row for name in ("runs.csv", "depth.csv") for row in sweep.read_rows(folder / name)
+            if scaling.by_the_rules(row) and set(sweep.flags_of(row)) <= {"depth"}]
+    samples = mean_losses(rows, "depth")
+    # At the same width, which is not the best of both.
+    lost = {(objective, *at): losses - samples[(objective, "bpe"), *at]
+            for ((objective, tokenizer), *at), losses in samples.items()
+            if tokenizer == "byte" and ((objective, "bpe"), *at) in samples}
+    print_table("Bits per byte lost at one width", [
+        "objective", "FLOPs", "width", "layers", "bits lost", "with the usual layers", "change"], [
+        [objective.upper(), f"{budget:g}", f"{width}", f"{depth}", interval(bits), interval(usual),
+         with_ends(bits - usual)]
+        for (objective, budget, depth, width), bits in sorted(lost.items())
+        for usual in [lost.get((objective, budget, Config(width=width).depth, width))]
+        if usual is not None and depth != Config(width=width).depth])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", nargs="?", choices=("context", "coverage"))
+    parser.add_argument("table", nargs="?", choices=("context", "depth", "coverage"))
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the tables")
     args = parser.parse_args()
     if args.table == "context":
         report_context(args.out)
+    elif args.table == "depth":
+        report_depth(args.out)
     elif args.table == "coverage":
         # It imports this file.
         from study import coverage

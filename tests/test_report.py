@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line, here
 
+import log
 import scaling
 from model import Config
 from study import coverage, laws, report
@@ -218,6 +219,19 @@ def test_the_contexts_of_the_published_runs(published):
     text = here(published[0], "study.report", "context", "--out", ".").stdout
     assert "1.996 (128, 64)" in text and "2.311 (256, 48)" in text
     assert re.search(r"AR [|] 1e.13 [|] 0.433 .* [|] 0.350 .* [|] -0.08", text)
+
+
+def test_depth_is_compared_at_the_same_width(tmp_path):
+    """Planted: with four layers bytes are 0.2 better, and BPE as good as with two."""
+    shutil.copy(RESULTS / "runs.csv", tmp_path)
+    lines = [line | {"depth": "4"} for line in scaling.read_rows(RESULTS / "runs.csv", dict)
+             if (line["flops_budget"], line["width"]) == ("10000000000000.0", "64")]
+    for line in lines:
+        line["val_bpb"] = str(float(line["val_bpb"]) - 0.2 * (line["tokenizer"] == "byte"))
+    log.write_csv(tmp_path / "depth.csv", lines[0], [line.values() for line in lines])
+    shown = here(tmp_path, "study.report", "depth", "--out", ".").stdout
+    assert re.findall(r"(AR|MDM) . 1e.13 . 64 . 4 .*(-0.20) \[", shown) == [
+        ("AR", "-0.20"), ("MDM", "-0.20")]
 
 
 def test_a_table_without_minima_is_one_line(tmp_path):

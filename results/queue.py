@@ -41,6 +41,9 @@ def runs_of_c():
                 # These two exist with both seeds: results/sensitivity.csv.
                 if (flops, width) != ("1e13", 64):
                     yield f"train_{objective}.py --context 128 --flops {flops} --width {width}"
+    # Added when the lowest of three widths was the last.
+    yield "train_ar.py --context 128 --flops 3e13 --width 128"
+    yield "train_mdm.py --context 128 --flops 3e12 --width 32"
 
 
 def is_long(command):
@@ -118,8 +121,8 @@ RUNS = {
           "train_ar.py --tokenizer bpe --flops 3e13 --width 96 --seed 1",
           "train_ar.py --tokenizer bpe --flops 3e13 --width 128 --seed 1"],
     "C": [command for command in runs_of_c() if not is_long(command)],
-    "L": [*filter(is_long, runs_of_c()),
-          *(f"train_ar.py --context 128 --flops 1e14 --width {width}" for width in (128, 192))],
+    "L": [f"train_ar.py --context 128 --flops 1e14 --width {width}" for width in (128, 192)],
+    "M": list(filter(is_long, runs_of_c())),
     "D": list(runs_of_d()),
     # The cheap first: what 3e12 shows to be useless may go.
     "N": sorted(runs_of_n(), key=lambda command: float(command.split("--flops ")[1].split()[0])),

@@ -239,9 +239,11 @@ def report_context(folder):
         for key, fit in best.items() for k, budget in enumerate(fit.budgets)})
     gaps, at_512 = scaling.gaps_between(best), scaling.gaps_between(lowest(samples, {512}))
     print_table("Bits per byte lost, and G where bytes have larger budgets", [
-        "objective", "FLOPs of BPE", "both at 512", "best context of each", "change", "G"], [
+        "objective", "FLOPs of BPE", "both at 512", "best context of each", "best less 512",
+        "since the first budget", "G"], [
         [objective.upper(), f"{budget:g}", interval(at_512[objective].bits[:, k]),
          interval(gap.bits[:, k]), with_ends((gap.bits - at_512[objective].bits)[:, k]),
+         with_ends(gap.bits[:, k] - gap.bits[:, 0]) if k else "",
          interval(gap.G[:, k], gap.limits[k]) if gap.limits[k] > 1 else ""]
         for objective, gap in gaps.items() for k, budget in enumerate(gap.budgets)])
 

@@ -10,6 +10,7 @@ commit that has it, with english.jsonl (results/english.py) in it.
 """
 import argparse
 import csv
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,88 @@ import time
 from pathlib import Path
 
 QUEUE = Path(__file__).resolve().parent / "queue"
+
+
+def read_table():
+    table = QUEUE / "runs.csv"
+    return list(csv.DictReader(open(table, newline=""))) if table.exists() else []
+
+
+def runs_of_c():
+    """Yield the short contexts: bytes at 128, BPE at 256."""
+    for flops, width in (("3e12", 48), ("3e13", 96)):
+        yield f"train_ar.py --tokenizer bpe --context 256 --flops {flops} --width {width}"
+    for flops, width in (("3e12", 32), ("3e13", 48)):
+        yield f"train_mdm.py --tokenizer bpe --context 256 --flops {flops} --width {width}"
+    for flops in ("3e12", "1e13", "3e13"):
+        for width in (48, 64, 96):
+            for objective in ("ar", "mdm"):
+                # These two exist with both seeds: results/sensitivity.csv.
+                if (flops, width) != ("1e13", 64):
+                    yield f"train_{objective}.py --context 128 --flops {flops} --width {width}"
+    # Added when the lowest of three widths was the last.
+    yield "train_ar.py --context 128 --flops 3e13 --width 128"
+    yield "train_mdm.py --context 128 --flops 3e12 --width 32"
+
+
+def is_long(command):
+    """Return whether a run takes half an hour: MDM's small batches keep a CPU waiting."""
+    return "mdm" in command and "3e13" in command
+
+
+def runs_of_d():
+    """Yield models of four layers where the rule has two."""
+    for flops, widths in (("1e13", (48, 64)), ("3e13", (64,))):
+        for width in widths:
+            for tokenizer in ("byte", "bpe"):
+                for objective in ("ar", "mdm"):
+                    yield (f"-m study.train {objective} --tokenizer {tokenizer} --flops {flops} "
+                           f"--width {width} --depth 4")
+
+
+def runs_of_n():
+    """Yield the tables of n-grams: bytes with N = 4 and 6, BPE with N = 2, and the controls."""
+    bpe = {"ar": "--tokenizer bpe --ngram 2 --buckets 131072", "mdm": "--tokenizer bpe --ngram 2"}
+    widths = {("ar", "byte"): {"3e12": (32, 48, 64), "1e13": (48, 64, 96), "3e13": (96,)},
+              ("ar", "bpe"): {"3e12": (32, 48, 64), "1e13": (48, 64, 96), "3e13": (96,)},
+              ("mdm", "byte"): {"3e12": (32, 48, 64), "1e13": (48, 64, 96), "3e13": (96,)},
+              ("mdm", "bpe"): {"3e12": (16, 32, 48), "1e13": (32, 48, 64), "3e13": (48,)}}
+    for flops in ("3e12", "1e13", "3e13"):
+        for (objective, tokenizer), sizes in widths.items():
+            tables = [bpe[objective]] if tokenizer == "bpe" else ["--ngram 4", "--ngram 6"]
+            for width in sizes[flops]:
+                for table in tables[:1] if flops == "3e13" else tables:
+                    yield f"-m study.train {objective} {table} --flops {flops} --width {width}"
+    for pair in itertools.zip_longest(controls_of_n("ar", bpe["ar"]),
+                                      controls_of_n("mdm", bpe["mdm"])):
+        yield from filter(None, pair)
+
+
+def controls_of_n(objective, bpe):
+    """Yield the controls of an objective, the most telling first."""
+    equal, conv, lr, width, buckets = {
+        "ar": (1536, "--conv 4", 0.003, 48, 524288),
+        "mdm": (768, "--conv 7 --lr 0.003", 0.0015, 32, 131072)}[objective]
+    for table in ("--ngram 4 --ngram-stride 8", f"--ngram 6 --buckets {equal}"):
+        yield f"-m study.train {objective} {table} --flops 3e12 --width 48"
+    # BPE at the N and the number of buckets that may be better for it, and with a convolution.
+    for table in (f"--tokenizer bpe --ngram 2 --buckets {buckets}",
+                  "--tokenizer bpe --ngram 3 --buckets 131072", f"{bpe} {conv}"):
+        yield f"-m study.train {objective} {table} --flops 3e12 --width {width}"
+    for table in (f"--ngram 4 {conv}", "--ngram 4 --buckets 65536", "--ngram 8", "--ngram 2",
+                  "--ngram 3", "--ngram 4 --buckets 4096", f"--ngram 4 --lr {lr / 2}",
+                  f"--ngram 4 --lr {lr * 2}"):
+        yield f"-m study.train {objective} {table} --flops 3e12 --width 48"
+    for table in "--ngram 4", bpe:
+        width = 48 if table == bpe and objective == "mdm" else 64
+        yield (f"-m study.train {objective} {table} --flops 1e13 --width {width} "
+               "--data english.jsonl")
+    if objective == "mdm":
+        yield "-m study.train mdm --ngram 4 --patch 8 --flops 3e12 --width 64"
+        yield f"-m study.train mdm {bpe} --patch 2 --flops 3e12 --width 32"
+        # Marks of the open exercise.
+        for table in "--ngram 4", "--ngram 6", "--ngram 4 --patch 8":
+            yield f"-m study.train mdm {table} --flops 1e12 --width 32"
 
 
 def read_table():

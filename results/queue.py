@@ -5,7 +5,7 @@
 
 Runs work in the clone, whose checkpoints are kept. A finished run becomes a row of
 results/queue/runs.csv and a log beside it; what the table has is not trained again. Stop it at
-any time (Ctrl-C, SIGTERM); the same command resumes. D, N and T need study/: their clone is of a
+any time (Ctrl-C, SIGTERM); the same command resumes. D, N, O, T need study/: their clone is of a
 commit that has it, with english.jsonl (results/english.py) in it.
 """
 import argparse
@@ -133,8 +133,9 @@ RUNS = {
     "L": [f"train_ar.py --context 128 --flops 1e14 --width {width}" for width in (128, 192)],
     "M": list(filter(is_long, runs_of_c())),
     "D": list(runs_of_d()),
-    # The cheap first: what 3e12 shows to be useless may go.
-    "N": sorted(runs_of_n(), key=lambda command: float(command.split("--flops ")[1].split()[0])),
+    # The cheap ones first: what 3e12 shows to be useless may go.
+    "N": [command for command in runs_of_n() if "e12" in command],
+    "O": [command for command in runs_of_n() if "e13" in command],
     "E": [f"train_{objective}.py --tokenizer bpe --flops 1e14 --width {width}"
           for objective, widths in (("mdm", (64, 96)), ("ar", (96, 192))) for width in widths],
     "S": list(second_seeds(runs_of_c())),

@@ -30,26 +30,11 @@ def read_table():
     return list(csv.DictReader(open(table, newline=""))) if table.exists() else []
 
 
-def runs_of_c():
-    """Yield the short contexts: bytes at 128, BPE at 256."""
-    for flops, width in (("3e12", 48), ("3e13", 96)):
-        yield f"train_ar.py --tokenizer bpe --context 256 --flops {flops} --width {width}"
-    for flops, width in (("3e12", 32), ("3e13", 48)):
-        yield f"train_mdm.py --tokenizer bpe --context 256 --flops {flops} --width {width}"
-    for flops in ("3e12", "1e13", "3e13"):
-        for width in (48, 64, 96):
-            for objective in ("ar", "mdm"):
-                # These two exist with both seeds: results/sensitivity.csv.
-                if (flops, width) != ("1e13", 64):
-                    yield f"train_{objective}.py --context 128 --flops {flops} --width {width}"
-    # Added when the lowest of three widths was the last.
-    yield "train_ar.py --context 128 --flops 3e13 --width 128"
-    yield "train_mdm.py --context 128 --flops 3e12 --width 32"
-
-
-def is_long(command):
-    """Return whether a run takes half an hour: MDM's small batches keep a CPU waiting."""
-    return "mdm" in command and "3e13" in command
+def runs_of_m():
+    """Yield the short contexts of MDM at 3e13: bytes at 128, BPE at 256."""
+    yield "train_mdm.py --tokenizer bpe --context 256 --flops 3e13 --width 48"
+    for width in (48, 64, 96):
+        yield f"train_mdm.py --context 128 --flops 3e13 --width {width}"
 
 
 def runs_of_d():
@@ -114,9 +99,6 @@ def second_seeds(commands):
     """
     bpb, groups = {row["command"]: float(row["val_bpb"]) for row in read_table()}, {}
     for command in map(str.strip, commands):
-        if "--context 128 --flops 1e13" in command:
-            # Width 64 is in sensitivity.csv, with both seeds, and its mean is the lowest.
-            continue
         groups.setdefault(re.sub(r"--width \d+", "", command), []).append(command)
     for name, group in groups.items():
         if set(group) <= set(bpb) and (len(group) > 1 or "--ngram" not in name):
@@ -129,16 +111,14 @@ RUNS = {
           "train_ar.py --flops 3e14 --width 256",
           "train_ar.py --tokenizer bpe --flops 3e13 --width 96 --seed 1",
           "train_ar.py --tokenizer bpe --flops 3e13 --width 128 --seed 1"],
-    "C": [command for command in runs_of_c() if not is_long(command)],
-    "L": [f"train_ar.py --context 128 --flops 1e14 --width {width}" for width in (128, 192)],
-    "M": list(filter(is_long, runs_of_c())),
+    "M": list(runs_of_m()),
     "D": list(runs_of_d()),
     # The cheap ones first: what 3e12 shows to be useless may go.
     "N": [command for command in runs_of_n() if "e12" in command],
     "O": [command for command in runs_of_n() if "e13" in command],
     "E": [f"train_{objective}.py --tokenizer bpe --flops 1e14 --width {width}"
           for objective, widths in (("mdm", (64, 96)), ("ar", (96, 192))) for width in widths],
-    "S": list(second_seeds(runs_of_c())),
+    "S": list(second_seeds(runs_of_m())),
     "T": list(second_seeds([*runs_of_d(), *runs_of_n()])),
     # Models for repetition on English, and for the looseness of the bound.
     "F": [f"{command} {data}" for data in ("", "--data english.jsonl")

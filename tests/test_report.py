@@ -218,7 +218,8 @@ def test_the_report_prints_its_tables(published):
 def test_the_contexts_of_the_published_runs(published):
     text = here(published[0], "study.report", "context", "--out", ".").stdout
     assert "1.996 (128, 64)" in text and "2.311 (256, 48)" in text
-    assert re.search(r"AR [|] 1e.13 [|] 0.433 .* [|] 0.350 .* [|] -0.08", text)
+    assert re.search(r"AR [|] 3e.12 [|] 0.504 .* [|] 0.374 .* [|] -0.13 .* [|] 11.8", text)
+    assert re.search(r"AR [|] 3e.13 [|] 0.410 .* [|] 0.335 .* [|] -0.04", text)
 
 
 def test_depth_is_compared_at_the_same_width(tmp_path):

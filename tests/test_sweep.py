@@ -10,8 +10,8 @@ import scaling
 from study import fragility, sweep
 from study.train import PLAIN, arguments
 
-TABLES = ("remedies.csv", "shuffle.csv", "span.csv", "sensitivity.csv", "tune.csv", "batch.csv",
-          "english/runs.csv")
+TABLES = ("remedies.csv", "shuffle.csv", "span.csv", "sensitivity.csv", "context.csv", "tune.csv",
+          "batch.csv", "english/runs.csv")
 TINY = ("--data", "text.txt", "--vocab", 300, "--context", 64, "--budgets", "5e8", "--widths", 16,
         "--out", "why")
 LAUNCH = SimpleNamespace(nproc=1, data="pysrc", vocab=4096)

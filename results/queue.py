@@ -54,6 +54,9 @@ def runs_of_n():
               ("ar", "bpe"): {"3e12": (32, 48, 64), "1e13": (48, 64, 96), "3e13": (96,)},
               ("mdm", "byte"): {"3e12": (32, 48, 64), "1e13": (48, 64, 96), "3e13": (96,)},
               ("mdm", "bpe"): {"3e12": (16, 32, 48), "1e13": (32, 48, 64), "3e13": (48,)}}
+    # Added when the lowest of three widths was the first.
+    for table in "--ngram 6", "--ngram 4":
+        yield f"-m study.train mdm {table} --flops 3e12 --width 16"
     for flops in ("3e12", "1e13", "3e13"):
         for (objective, tokenizer), sizes in widths.items():
             tables = [bpe[objective]] if tokenizer == "bpe" else ["--ngram 4", "--ngram 6"]

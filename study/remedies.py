@@ -251,8 +251,6 @@ def main():
     args = scaling.arguments(__doc__).parse_args()
     rows = sweep.sweep(args, args.out / "remedies.csv", BUDGETS, plan)
     text = {key: rows[0][key] for key in ("sha256", "context_bytes")}
-    # Of runs that are not in a table yet, plain ones are for other studies.
-    rows += [row for row in sweep.read_rows(args.out / "queue/runs.csv") if remedy_of(row)]
     rows += sweep.read_rows(args.out / "runs.csv")
     rows = {sweep.settings_of(row): row for row in rows if text.items() <= row.items()}
     minima = analyse(rows.values())

@@ -8,8 +8,6 @@ import pytest
 from conftest import ROOT, here
 from matplotlib.figure import Figure
 
-import log
-import scaling
 from study import remedies, sweep
 
 CONV = (("conv", 7),)
@@ -137,23 +135,6 @@ def test_published_tables_and_the_points_of_the_figure(published, monkeypatch):
     few = here(published, "study.remedies", "--plot-only", "--budgets", "1e12", "--out", ".")
     line = ["MDM, bytes", "patch 8", "1e12", "32", "0.0015", "2.947 (1)", "+0.84"]
     assert few.returncode == 0 and line in cells(few.stdout)
-
-
-def test_runs_that_wait_for_their_table_count(published, monkeypatch):
-    """Planted: tables of n-grams on both sides, as good as a convolution."""
-    lines = [line | {"conv": "0", "ngram": "4" if line["tokenizer"] == "byte" else "2"}
-             for line in scaling.read_rows(published / "remedies.csv", dict)
-             if (line["objective"], line["conv"], line["patch"]) == ("ar", "4", "1")]
-    # Not these: another context, and plain runs, which are for other studies.
-    lines += [line | {"context_bytes": "128", "val_bpb": "1"} for line in lines]
-    lines += [line | {"ngram": "1", "seed": "9", "val_bpb": "1"} for line in lines]
-    (published / "queue").mkdir()
-    log.write_csv(published / "queue/runs.csv", lines[0], [line.values() for line in lines])
-    points, lines = drawn_and_printed(monkeypatch, published)
-    for remedy in ("convolution", "n-gram"):
-        shares = [line[5].split()[0] for line in lines if line[:3] == ["AR", remedy, remedy]]
-        assert shares == ["33", "21"]
-    assert {label for label, *_ in points} >= {"AR, bytes, n-gram 4", "AR, BPE, n-gram 2"}
 
 
 def test_what_is_trained_counts_as_what_it_is():

@@ -117,7 +117,8 @@ RUNS = {
     "M": list(runs_of_m()),
     "D": list(runs_of_d()),
     # The cheap ones first: what 3e12 shows to be useless may go.
-    "N": [command for command in runs_of_n() if "e12" in command],
+    "N": sorted((command for command in runs_of_n() if "e12" in command),
+                key=lambda command: "1e12" not in command),
     "O": [command for command in runs_of_n() if "e13" in command],
     "E": [f"train_{objective}.py --tokenizer bpe --flops 1e14 --width {width}"
           for objective, widths in (("mdm", (64, 96)), ("ar", (96, 192))) for width in widths],

@@ -10,7 +10,8 @@ with the same budget, seed and text, beside this file:
     python -m study.train mdm --flops 1e12 ... --out exercises/best
 
 The baseline has 3.788 bits per byte (seed 0). The floor is a gain of 0.85 over it: patches of 8
-alone gain a little less. When you pass, the test prints what published runs gain.
+alone, or tables of n-grams alone, gain a little less. When you pass, the test prints what published
+runs gain.
 
 The rules for BEST: MDM on bytes, 512 bytes of context, at most 1e12 FLOPs as PyTorch's profiler
 counts them, and at least 16 patches in a sequence, since one patch is read from left to right. The

@@ -120,17 +120,18 @@ def published(tmp_path):
 def test_published_tables_and_the_points_of_the_figure(published, monkeypatch):
     points, lines = drawn_and_printed(monkeypatch, published)
     conv, patches = ("convolution",) * 2, ("patch, convolution, bell",) * 2
-    for line in (["AR", *conv, "3e12", "0.352 [0.334, 0.367]", "33 [29, 36]"],
-                 ["AR", *conv, "1e13", "0.343 [0.329, 0.359]", "21 [17, 25]"],
-                 ["MDM", *patches, "3e12", "0.338 [0.314, 0.367]", "59 [55, 62]"],
-                 ["MDM", *patches, "1e13", "0.320 [0.297, 0.342]", "58 [55, 61]"],
-                 ["MDM", "convolution, bell", "1e13", "64", "0.286 [0.268, 0.305]"],
+    for line in (["AR", *conv, "3e12", "0.352 [0.339, 0.366]", "33 [30, 36]"],
+                 ["AR", "n-gram", "n-gram", "3e12", "0.135 [0.120, 0.149]", "74 [71, 77]"],
+                 ["MDM", "n-gram", "n-gram", "3e12", "0.424 [0.398, 0.451]", "48 [45, 52]"],
+                 ["MDM", *patches, "1e13", "0.319 [0.299, 0.342]", "58 [55, 61]"],
+                 ["MDM", "convolution, bell", "1e13", "64", "0.286 [0.268, 0.307]"],
+                 ["AR, bytes", "n-gram 4, stride 8", "3e12", "48", "0.003", "2.420 (1)", "-0.07"],
                  ["MDM, bytes", "patch 8", "1e13", "64", "2.552", "+0.55 [+0.52, +0.57]"]):
         assert line in lines
-    # A curve is named by what its points have besides patches.
+    # A curve is named by what its points have besides patches; 3e12 has the most.
     rows = {(re.sub(r", patch \d$", ", plain", re.sub(r"patch \d, ", "", f"{line[0]}, {line[1]}")),
-             line[3], line[4]) for line in lines if len(line) == 6 and line[2] == "1e13"}
-    assert points == rows and len(points) == 23
+             line[3], line[4]) for line in lines if len(line) == 6 and line[2] == "3e12"}
+    assert points == rows and len(points) == 29
     # At 1e12 no remedy has three widths: single runs are compared.
     few = here(published, "study.remedies", "--plot-only", "--budgets", "1e12", "--out", ".")
     line = ["MDM, bytes", "patch 8", "1e12", "32", "0.0015", "2.947 (1)", "+0.84"]

@@ -515,7 +515,7 @@ WRONG = {
         ("patches are a remedy",
          '"--patch", 16',
          '"--patch", 8',
-         "patches of 8 alone do not reach"),
+         "neither patches of 8 nor tables of n-grams reach alone"),
         ("another seed is luck, too",
          '"--patch", 16',
          '"--patch", 16, "--seed", 1',

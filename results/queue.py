@@ -4,7 +4,8 @@
     python results/queue.py ../queue C S B E F --jobs 2
 
 Runs work in the clone, whose checkpoints are kept. A finished run becomes a row of
-results/queue/runs.csv and a log beside it; what the table has is not trained again. Stop it at
+results/queue/runs.csv and a log beside it; what the table has is not trained again. So rows of N
+stay in it when they are copied to remedies.csv and their logs are moved. Stop it at
 any time (Ctrl-C, SIGTERM); the same command resumes. D, N, O, T need study/: their clone is of a
 commit that has it, with english.jsonl (results/english.py) in it.
 """

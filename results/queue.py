@@ -1,7 +1,7 @@
 """Train what the claims of 2026-11-29 (results/LOG.md) need: a queue that resumes.
 
     git clone . ../queue && git -C ../queue checkout d87cd5a
-    python results/queue.py ../queue C S B E F --jobs 2
+    python results/queue.py ../queue M S F E B --jobs 2
 
 Runs work in the clone, whose checkpoints are kept. A finished run becomes a row of
 results/queue/runs.csv and a log beside it; what the table has is not trained again. So rows of N

@@ -102,7 +102,7 @@ def second_seeds(commands):
     These are the rules of the claims. The controls of N, which have one width, get none.
     """
     bpb, groups = {row["command"]: float(row["val_bpb"]) for row in read_table()}, {}
-    for command in map(str.strip, commands):
+    for command in commands:
         groups.setdefault(re.sub(r"--width \d+", "", command), []).append(command)
     for name, group in groups.items():
         if set(group) <= set(bpb) and (len(group) > 1 or "--ngram" not in name):

@@ -57,11 +57,17 @@ def best_rate(row):
     return 2 if row["objective"] == "mdm" and (row["conv"] or bell_on_bpe) else 1
 
 
-def remedy_of(row):
+def at_any_rate(row):
     """Return the remedy of a run, () for a plain one, or None for a run of another study."""
-    flags, rate = sweep.flags_of(row), row["lr"] / best_rate(row)
-    if set(flags) <= set(NAMES) and scaling.by_the_rules(row | {"lr": rate}):
+    flags = sweep.flags_of(row)
+    if set(flags) <= set(NAMES):
         return tuple((flag, flags[flag]) for flag in NAMES if flag in flags)
+
+
+def remedy_of(row):
+    """Return the same, and None for a run that has not the best rate or the batch of our rules."""
+    if scaling.by_the_rules(row | {"lr": row["lr"] / best_rate(row)}):
+        return at_any_rate(row)
 
 
 def plan(args, corpora):
@@ -200,15 +206,12 @@ def report_cells(rows, minima):
     """Print what remedies win at one width, where they have no minimum or another rate."""
     cells, plain = {}, {}
     for row in sorted(rows, key=sweep.settings_of):
-        configuration, flags = (row["objective"], row["tokenizer"]), sweep.flags_of(row)
-        budget, width = row["flops_budget"], row["width"]
+        configuration, remedy = (row["objective"], row["tokenizer"]), at_any_rate(row)
+        at = configuration, row["flops_budget"], row["width"]
         if remedy_of(row) == ():
-            plain.setdefault((configuration, budget, width), []).append(row["val_bpb"])
-        elif (flags and set(flags) <= set(NAMES)
-              and (configuration, remedy_of(row), budget) not in minima):
-            remedy = tuple((flag, flags[flag]) for flag in NAMES if flag in flags)
-            key = configuration, budget, width, remedy, row["lr"]
-            cells.setdefault(key, []).append(row["val_bpb"])
+            plain.setdefault(at, []).append(row["val_bpb"])
+        elif remedy and (configuration, remedy_of(row), row["flops_budget"]) not in minima:
+            cells.setdefault((*at, remedy, row["lr"]), []).append(row["val_bpb"])
     lines = []
     for (configuration, budget, width, remedy, lr), losses in cells.items():
         won = np.mean(plain.get((configuration, budget, width), np.nan)) - np.mean(losses)

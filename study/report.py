@@ -256,13 +256,16 @@ def report_depth(folder):
     lost = {(objective, *at): losses - samples[(objective, "bpe"), *at]
             for ((objective, tokenizer), *at), losses in samples.items()
             if tokenizer == "byte" and ((objective, "bpe"), *at) in samples}
+    lines = []
+    for objective, budget, depth, width in sorted(lost):
+        bits = lost[objective, budget, depth, width]
+        usual = lost.get((objective, budget, Config(width=width).depth, width), bits)
+        if usual is not bits:
+            lines.append([objective.upper(), f"{budget:g}", f"{width}", f"{depth}",
+                          interval(bits), interval(usual), with_ends(bits - usual)])
     print_table("Bits per byte lost at one width", [
-        "objective", "FLOPs", "width", "layers", "bits lost", "with the usual layers", "change"], [
-        [objective.upper(), f"{budget:g}", f"{width}", f"{depth}", interval(bits), interval(usual),
-         with_ends(bits - usual)]
-        for (objective, budget, depth, width), bits in sorted(lost.items())
-        for usual in [lost.get((objective, budget, Config(width=width).depth, width))]
-        if usual is not None and depth != Config(width=width).depth])
+        "objective", "FLOPs", "width", "layers", "bits lost", "with the usual layers", "change"],
+        lines)
 
 
 def main():
